@@ -1,0 +1,651 @@
+"""What the model sees: the embedded world of moving shapes with its exact optical flow, or a folder of real videos.
+
+VideoJAM was trained on O(100 M) captioned videos whose flow RAFT estimated (section 4, appendix C). `MovingShapes`
+stands in for them: no download, infinite, exact. Its four kinds of motion bear the names of VideoJAM-bench.
+`VideoFolder` reads your own clips, and has their flow estimated once.
+
+    python data.py      writes world.png: clips of every kind, a row of frames over a row of flow pictures (Eq. 5)
+
+Letters: B clips, T frames, H height, W width, K objects. Pixel centres are whole numbers, x to the right, y down, so
+that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optical flow is in pixels per frame.
+"""
+
+import csv
+import glob
+import json
+import logging
+import math
+import os
+import re
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from flow import estimate_flow, flow_to_rgb, load_raft
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary
+
+# 60 degrees of hue apart, in the order of the colour circle: the nearest hue names even a dark or blurred pixel.
+COLORS = {"red": (0.9, 0.1, 0.1), "yellow": (0.9, 0.9, 0.1), "green": (0.1, 0.9, 0.1),
+          "cyan": (0.1, 0.9, 0.9), "blue": (0.1, 0.1, 0.9), "magenta": (0.9, 0.1, 0.9)}
+SHAPES = ("circle", "square", "triangle", "cross")
+SPLITS = ("train", "val", "test")
+DIRECTIONS = {"right": (1, 0), "down-right": (1, 1), "down": (0, 1), "down-left": (-1, 1),
+              "left": (-1, 0), "up-left": (-1, -1), "up": (0, -1), "up-right": (1, -1)}
+DIRECTIONS = {name: np.array(d) / math.hypot(*d) for name, d in DIRECTIONS.items()}
+TURNS = ("clockwise", "counter-clockwise")
+PACE = {"slow": (0.3, 0.45), "fast": (0.7, 1.0), None: (0.3, 1.0)}  # shares of the top speed: slow is never fast
+RESTITUTION = 0.75  # speed after a bounce / speed before it
+
+# motion: (kind, the phrase after "a red square", the phrase after "it"); {other} is the second object of the motion
+MOTIONS = {
+    **{d: ("basic", f"moving{{adv}} {d}", f"moves{{adv}} {'' if d[0] in 'ud' else 'to the '}{d}") for d in DIRECTIONS},
+    "still": ("basic", "standing still", "stands still"),
+    "zigzag": ("complex", "zigzagging", "zigzags"),
+    "crossing": ("complex", "crossing a {other}", "crosses a {other}"),
+    "growing": ("complex", "growing", "grows"),
+    "shrinking": ("complex", "shrinking", "shrinks"),
+    **{f"spinning {t}": ("rotational", f"spinning {t}", f"spins {t}") for t in TURNS},
+    **{f"orbiting {t}": ("rotational", f"orbiting a {{other}} {t}", f"orbits a {{other}} {t}") for t in TURNS},
+    "falling": ("physics", "falling", "falls"),
+    "thrown": ("physics", "thrown in an arc", "is thrown in an arc"),
+    "bouncing": ("physics", "bouncing on the floor", "bounces on the floor"),
+    "colliding": ("physics", "colliding with a {other}", "collides with a {other}"),
+}
+KINDS = {kind: [m for m in MOTIONS if MOTIONS[m][0] == kind] for kind in ("basic", "complex", "rotational", "physics")}
+PAIRED = [m for m in MOTIONS if "{other}" in MOTIONS[m][1]]
+TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, it {does}", "there is a {named} {ing}",
+             "{named}, {ing}")
+
+# Two of the 24 (colour, shape) pairs of each motion are never the named object of a training clip: does the model
+# compose what it saw apart?
+HELD_OUT = {(color, shape, motion) for m, motion in enumerate(MOTIONS) for c, color in enumerate(COLORS)
+            for s, shape in enumerate(SHAPES) if (4 * c + s + 5 * m) % 12 == 0}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words: drawing them, saying them, reading them
+
+
+def draw_words(rng, split, texture):
+    """What a caption can say: kind, motion, speed, objects (the named one first), camera. Half the clips are basic."""
+    kind = ("basic", "basic", "basic", "complex", "rotational", "physics")[rng.integers(6)]
+    motion = KINDS[kind][rng.integers(len(KINDS[kind]))]
+    basic, objects = kind == "basic", [_draw_object(rng)]
+    while split == "train" and (*objects[0].values(), motion) in HELD_OUT:
+        objects = [_draw_object(rng)]
+    speed = (None, "slow", "fast")[rng.integers(3)] if motion in DIRECTIONS else None
+    objects += [_draw_object(rng, objects)] if motion in PAIRED else []
+    bystander = (motion in DIRECTIONS or motion in PAIRED) and rng.random() < (0.1 if basic else 0.05)
+    objects += [_draw_object(rng, objects)] if bystander else []
+    pans = texture > 0 and not basic and not bystander and rng.random() < 0.15
+    camera = ("left", "right")[rng.integers(2)] if pans else None
+    template = int(rng.integers(len(TEMPLATES)))
+    return dict(kind=kind, motion=motion, speed=speed, objects=objects, camera=camera, template=template)
+
+
+def _draw_object(rng, others=()):
+    colors = [c for c in COLORS if c not in [o["color"] for o in others]]
+    return {"color": colors[rng.integers(len(colors))], "shape": SHAPES[rng.integers(len(SHAPES))]}
+
+
+def caption(spec):
+    """The sentence of a spec, or of words: at most 64 bytes, 96 with a bystander or a pan. `parse` is its inverse."""
+    names = [f"{o['color']} {o['shape']}" for o in spec["objects"]]
+    words = {"adv": {"slow": " slowly", "fast": " quickly", None: ""}[spec["speed"]], "other": names[1:] and names[1]}
+    ing, does = (phrase.format(**words) for phrase in MOTIONS[spec["motion"]][1:])
+    says = [template.format(named=names[0], ing=ing, does=does) for template in TEMPLATES]
+    says = [s for s in says if len(s) <= 64]  # a byte is a token of the text encoder: too long a template gives way
+    bystanders = names[2 if spec["motion"] in PAIRED else 1:]
+    camera = camera_word(spec.get("camera"))
+    return (says[spec.get("template", 0) % len(says)] + "".join(f" past a still {name}" for name in bystanders)
+            + (f", camera panning {camera}" if camera else ""))
+
+
+def camera_word(camera):
+    """The word for a spec's pan [u, v] px per frame (the picture flows against it); None if there is none."""
+    if camera is None or isinstance(camera, str):
+        return camera
+    return next((d for d in ("left", "right", "up", "down") if np.dot(camera, DIRECTIONS[d]) < 0), None)
+
+
+READ = {  # tried in order, on a text whose named objects have become "it"
+    "orbiting": r"orbit|circling|circles|around (a|the) it", "spinning": r"spin|rotat|turn", "bouncing": r"bounc",
+    "falling": r"\bfall|drop", "thrown": r"thr[oe]w|toss", "colliding": r"collid|\bhit|bump", "zigzag": r"zig-?\s?zag",
+    "crossing": r"\bcross", "growing": r"grow|larger|bigger", "shrinking": r"shrink|smaller",
+    "still": r"still|not mov|motionless|static"}
+
+
+def parse(text):
+    """The words of a caption, ours or freely typed: a dict of kind, motion, speed, objects (named first) and camera.
+
+    Raises ValueError where no colour, shape, motion or sense of turning can be read.
+    """
+    def missing(what, expected):
+        return ValueError(f"prompt {text!r} names no {what}: expected {expected}, as in 'a red square moving right'")
+
+    low = " ".join(text.lower().replace("counterclockwise", "counter-clockwise").split())
+    for what, names in (("colour", COLORS), ("shape", SHAPES)):
+        if not re.search("|".join(names), low):
+            raise missing(what, f"one of {', '.join(names)}")
+    named = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
+    objects = [{"color": c, "shape": s} for c, s in re.findall(named, low)]
+    if not objects:
+        raise missing("object", "a colour and, right after it, a shape")
+    pan = re.search(r"camera (?:is )?pan\w*(?: to the)? (left|right|up|down)", low)
+    low = low.replace(pan[0], "") if pan else low
+    low = re.sub(named, "it", re.sub(rf"past (a )?still {named}", "", low))  # a cross is a shape, crossing is a motion
+    motion = next((m for m, pattern in READ.items() if re.search(pattern, low)), None)
+    if motion in ("orbiting", "spinning"):
+        if "clockwise" not in low:
+            raise missing("sense of turning", "clockwise or counter-clockwise")
+        motion += " " + TURNS[bool(re.search("counter|anti", low))]
+    if motion is None:
+        motion = "-".join(sorted(set(re.findall(r"\b(up|down|left|right)", low)), key="up down left right".find))
+    if motion not in MOTIONS:
+        raise missing("motion", f"one of {', '.join(MOTIONS)}")
+    speed = "slow" if "slow" in low else "fast" if re.search("fast|quick", low) else None
+    return {"kind": MOTIONS[motion][0], "motion": motion, "speed": speed, "objects": objects,
+            "camera": pan[1] if pan else None}
+
+
+def _fixed_prompts(motions, count):
+    """`count` prompts over the motions in turn, no random numbers; every other round is made of held-out triples."""
+    prompts, colors = [], list(COLORS)
+    for n in range(count):
+        turn, m = divmod(n, len(motions))
+        unseen, seen = ([(c, s) for c in COLORS for s in SHAPES if ((c, s, motions[m]) in HELD_OUT) == held]
+                        for held in (True, False))
+        color, shape = unseen[turn // 2 % 2] if turn % 2 == 0 else seen[(7 * turn + 5 * m) % len(seen)]
+        other = {"color": colors[(colors.index(color) + 1 + n % 5) % 6], "shape": SHAPES[(turn + m) % 4]}
+        prompts.append(caption({
+            "motion": motions[m], "speed": (None, "slow", "fast")[(turn + m) % 3], "template": turn + m,
+            "objects": [{"color": color, "shape": shape}, other][:2 if motions[m] in PAIRED else 1]}))
+    return prompts
+
+
+PROMPTS = [prompt for kind in KINDS for prompt in _fixed_prompts(KINDS[kind], 32)]
+STRAIGHT = _fixed_prompts(list(DIRECTIONS), 64)  # eight per direction: for the share of clips that move the right way
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From words to a spec: sizes, paths, background
+
+
+def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
+    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale),
+    the drawing order, the camera's flow [u, v], the background. The named object stays in the picture for T frames;
+    the pose after them makes the last frame's flow exact.
+    """
+    motion, n, side, box = words["motion"], max(frames - 1, 1), min(height, width), np.array([width, height])
+    t, objects = np.arange(frames + 1.0), [dict(o) for o in words["objects"]]
+    if motion in PAIRED and len(objects) < 2:
+        objects.append(_draw_object(rng, objects))
+    actors = 2 if motion in PAIRED else 1
+    for k, o in enumerate(objects):  # two actors need room to move, and so does growth
+        share = 0.6 if actors == 2 or k > 0 else 0.75 if motion in ("growing", "shrinking") else 1.0
+        o["radius"] = float(size * side * share * rng.uniform(0.16, 0.24))
+        o["pattern"], o["pattern_angle"] = list(PAINT)[rng.integers(len(PAINT))], float(rng.uniform(0, 2 * math.pi))
+    if motion == "colliding":
+        objects[1]["radius"] = objects[0]["radius"]  # equal masses
+    pace = rng.uniform(*PACE[words["speed"] or (None if words["kind"] == "basic" else "fast")])
+    camera = -DIRECTIONS[words["camera"]] * rng.uniform(0.15, 0.25) * side / n if words.get("camera") else np.zeros(2)
+    angle, scale = np.zeros_like(t), np.ones_like(t)
+    if motion.startswith("spinning"):  # at most 22.5 degrees a frame, far below the 90 at which a pattern repeats
+        rate = pace * min(math.pi / 8, 1.5 * math.pi / n) * (-1 if "counter" in motion else 1)
+        angle = rng.uniform(0, 2 * math.pi) + rate * t
+    if motion in ("growing", "shrinking"):
+        scale = (1 + pace) ** ((t if motion == "growing" else n - t) / n)
+
+    # One shift for all actors: random where the picture leaves a choice, the middle where not, the floor for a bounce.
+    reach = [o["radius"] * scale[:frames].max() * (1.25 if angle.any() else 1) for o in objects[:actors]]
+    room = np.maximum(box - 2 * max(reach) - np.abs(camera) * n, 0.2 * side)
+    paths = [path + camera * t[:, None] for path in _paths(motion, objects, t, n, room, 5 / 64 * side, pace, rng)]
+    least = np.min([path[:frames].min(0) - r for path, r in zip(paths, reach)], 0)
+    most = np.max([path[:frames].max(0) + r for path, r in zip(paths, reach)], 0)
+    spare, share = box - (most - least), rng.random(2)
+    if motion == "bouncing":
+        share[1] = 1.0
+    paths = [path - least - 0.5 + spare * np.where(spare > 0, share, 0.5) for path in paths]
+    for o in objects[actors:]:  # a bystander stands behind, at the emptiest of a few places
+        places = rng.uniform(o["radius"], box - o["radius"], (8, 2))
+        gaps = [min(np.linalg.norm(path - place, axis=1).min() for path in paths) for place in places]
+        paths.append(places[np.argmax(gaps)] + camera * t[:, None])
+    for k, (o, path) in enumerate(zip(objects, paths)):
+        o["pose"] = np.column_stack([path, angle, scale] if k == 0 else [path, 0 * t, 0 * t + 1]).tolist()
+
+    order = list(range(len(objects)))[::-1]  # back to front: the named object last, but hidden in half of the crossings
+    if motion == "crossing" and rng.random() < 0.5:
+        order[-2:] = [0, 1]
+    background = {"seed": int(rng.integers(2**31)), "level": float(rng.uniform(0.6, 0.85)), "texture": float(texture),
+                  "light": rng.uniform(-0.25, 0.25, 2).tolist(), "tint": rng.uniform(-0.04, 0.04, 3).tolist()}
+    return {"kind": words["kind"], "motion": motion, "speed": words["speed"], "objects": objects, "order": order,
+            "camera": camera.tolist(), "background": background, "template": words.get("template", 0)}
+
+
+def _paths(motion, objects, t, n, room, cap, pace, rng):
+    """The actors' paths, (T+1, 2) each, up to a common shift: n steps are shown, `room` px are free, `cap` px per frame
+    is the top speed.
+    """
+    def speed(d):  # along d, by the cap or by the room there is
+        return pace * min(cap, min(room[a] / abs(d[a]) for a in (0, 1) if abs(d[a]) > 1e-9) / n)
+
+    t, still, down = t[:, None], np.zeros((len(t), 2)), DIRECTIONS["down"]
+    ahead = list(DIRECTIONS.values())[2 * rng.integers(4)]  # where the words leave it open: right, down, left or up
+    aside = ahead[::-1] * rng.choice((-1, 1))
+    across = DIRECTIONS["right"] * rng.choice((-1, 1))
+    if motion in DIRECTIONS:
+        return [t * DIRECTIONS[motion] * speed(DIRECTIONS[motion])]
+    if motion == "zigzag":  # four legs of a triangle wave
+        return [0.7 * speed(ahead) * t * ahead + speed(aside) * n / 4 * np.abs(2 * (t / n * 2 % 1) - 1) * aside]
+    if motion == "crossing":  # head on or at a right angle, the middles never quite on each other
+        way, miss = (-ahead, aside)[rng.integers(2)], 0.3 * objects[0]["radius"] * rng.uniform(-1, 1)
+        return [speed(ahead) * (t - n / 2) * ahead, speed(way) * (t - n / 2) * way + miss * aside]
+    if motion.startswith("orbiting"):
+        radius = min(1.1 * (objects[0]["radius"] + objects[1]["radius"]) + 1, min(room) / 2)
+        sweep = pace * min(2 * math.pi, cap * n / radius) / n * (-1 if "counter" in motion else 1)
+        phi = rng.uniform(0, 2 * math.pi) + sweep * t
+        return [radius * np.hstack([np.cos(phi), np.sin(phi)]), still]
+    if motion == "falling":  # from rest: y = g t^2 / 2
+        return [speed(down) / n * t**2 * down]
+    if motion == "thrown":  # the apex is at frame `top`
+        top, height = rng.uniform(0.45, 0.6) * n, speed(down) * n / 1.5
+        return [t * across * speed(across) + height * (t / top - 1) ** 2 * down]
+    if motion == "bouncing":  # dropped, it meets the floor first at frame `hit`
+        hit = rng.uniform(0.25, 0.35) * n
+        height = pace * min(room[1], 0.75 * cap * hit)
+        start, v, arcs = -hit, 2 * height / hit, []
+        for _ in range(8):  # every flight is a parabola, below the floor outside its own time
+            arcs.append(v * (t - start) - height / hit**2 * (t - start) ** 2)
+            start, v = start + v * hit**2 / height, RESTITUTION * v
+        return [t * across * 0.3 * speed(across) - np.max(arcs, 0) * down]
+    if motion == "colliding":  # equal masses: along the line of impact they exchange their velocities
+        hit, contact = rng.uniform(0.4, 0.6) * n, 2 * objects[0]["radius"]
+        fast = pace * min(cap, max(room @ np.abs(ahead) - contact, 0.2 * cap * n) / (1.2 * n))
+        slow = -fast * rng.choice((0.0, rng.uniform(0.3, 1.0)))
+        before, after = np.minimum(t - hit, 0), np.maximum(t - hit, 0)
+        return [(fast * before + slow * after) * ahead, (contact + slow * before + fast * after) * ahead]
+    return [still]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From specs to pixels and flow. The only random numbers are the backgrounds' small grids, drawn on the CPU
+
+SDF = {  # signed distance to the outline in radii, negative inside
+    "circle": lambda x, y: torch.hypot(x, y) - 1,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.9,
+    "triangle": lambda x, y: torch.maximum(y, 0.866 * x.abs() - 0.5 * y + 0.45) - 0.9,
+    "cross": lambda x, y: torch.maximum(torch.maximum(x.abs(), y.abs()) - 1, torch.minimum(x.abs(), y.abs()) - 0.4),
+}
+PAINT = {  # the same for the dark parts of a pattern, so that a spin or a zoom can be seen
+    "stripes": lambda x, y: 0.13 * torch.sin(7.5 * x + 0.8),
+    "halves": lambda x, y: x,
+    "dot": lambda x, y: torch.hypot(x - 0.35, y) - 0.4,
+    "checker": lambda x, y: torch.minimum(x.abs(), y.abs()) * x.sign() * y.sign(),
+}
+
+
+def render(specs, frames, height, width, device="cpu"):
+    """The specs' video (B, 3, T, H, W) in [-1, 1] and its optical flow (B, 2, T, H, W) in pixels per frame."""
+    return _draw(specs, range(frames), range(1, frames + 1), height, width, device)
+
+
+def flow_between(specs, i, j, height, width, device="cpu"):
+    """The exact displacement of frame i's pixels by frame j: (B, 2, H, W) px, or (B, 2, n, H, W) for n frames each."""
+    if isinstance(i, int):
+        return _draw(specs, [i], [j], height, width, device)[1][:, :, 0]
+    return _draw(specs, [int(f) for f in i], [int(f) for f in j], height, width, device)[1]
+
+
+def _draw(specs, i, j, height, width, device):
+    """Frames i of every spec and the flow that takes them to frames j, painted back to front."""
+    tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
+    camera, at, to = tensor([s["camera"] for s in specs]), tensor(i), tensor(j)                  # (B, 2), (T,), (T,)
+    video = _background(specs, camera, at, height, width)                                        # (B, 3, T, H, W)
+    flow = (camera[..., None] * (to - at))[..., None, None].repeat(1, 1, 1, height, width)       # (B, 2, T, H, W)
+    ys, xs = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)    # (H, 1), (W,)
+    for k in range(max(len(s["order"]) for s in specs)):
+        rows = [b for b, s in enumerate(specs) if k < len(s["order"])]                           # the b clips with one
+        objects = [specs[b]["objects"][specs[b]["order"][k]] for b in rows]
+        drawn = lambda table, key, x, y: torch.stack([table[o[key]](*xy) for o, *xy in zip(objects, x, y)])
+        poses = tensor([[[o["pose"][f] for f in frames] for frames in (i, j)] for o in objects])
+        (cx, cy, a, s), (cx2, cy2, a2, s2) = (poses[:, n, ..., None, None].unbind(2) for n in (0, 1))  # (b, T, 1, 1)
+        radius = tensor([o["radius"] for o in objects]).view(-1, 1, 1, 1) * s
+        dx, dy = xs - cx, ys - cy                                                                # (b, T, H|1, W|1)
+
+        # Into the shape's own frame, R^-1 S^-1 (p - c): outline and pattern live there; edges are one pixel wide.
+        x, y = _rotate(dx / radius, dy / radius, -a)                                             # (b, T, H, W)
+        inside = (0.5 - drawn(SDF, "shape", x, y) * radius).clamp(0, 1)
+        x, y = _rotate(x, y, -tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
+        dark = (0.5 - drawn(PAINT, "pattern", x, y) * radius).clamp(0, 1)
+        paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)
+        paint = 2 * paint * (1 - 0.35 * dark)[:, None] - 1                                       # the hue stays
+        video[rows] = torch.lerp(video[rows], paint, inside[:, None])
+
+        # R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p
+        u, v = _rotate(dx * (s2 / s), dy * (s2 / s), a2 - a)                                     # (b, T, H, W)
+        moved = torch.stack([u + (cx2 - xs), v + (cy2 - ys)], 1)                                 # (b, 2, T, H, W)
+        flow[rows] = torch.where((inside > 0.5)[:, None], moved, flow[rows])
+    return video, flow
+
+
+def _rotate(x, y, angle):
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    return cos * x - sin * y, sin * x + cos * y
+
+
+def _background(specs, camera, at, height, width):
+    """(B, 3, T, H, W): light grey plus `texture` times noise at three scales and a ramp of light; a pan moves it."""
+    side, video = min(height, width), camera.new_empty(len(specs), 3, len(at), height, width)
+    for moves in (False, True):  # a still background is made once for all its frames
+        rows = [b for b, s in enumerate(specs) if any(s["camera"]) == moves]
+        if not rows:
+            continue
+        ground = [specs[b]["background"] for b in rows]
+        each = lambda key: camera.new_tensor([g[key] for g in ground]).view(len(rows), -1, 1, 1, 1)
+        pan = (camera[rows][..., None] * (at if moves else 0 * at[:1]))[..., None, None]             # (b, 2, T|1, 1, 1)
+        x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)
+        y = (torch.arange(height, device=at.device)[:, None] - pan[:, 1]) / side - 0.5               # (b, T, H, 1)
+        grey = 2 * (each("light")[:, 0] * x + each("light")[:, 1] * y) - 0.2                         # (b, T, H, W)
+        grids = np.stack([np.random.default_rng(g["seed"]).uniform(-1, 1, (3, 16, 16)) for g in ground])
+        where = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(1, 2)                         # (b, T H, W, 2)
+        for n, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
+            noise = F.grid_sample(camera.new_tensor(grids[:, n:n + 1]), where * (cells * 2 / 15), mode="bicubic",
+                                  padding_mode="reflection", align_corners=True)
+            grey = grey + amount * noise.view_as(grey)
+        grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
+        video[rows] = 2 * grey * (1 + each("texture") * each("tint")) - 1
+    return video
+
+
+class MovingShapes:
+    """The embedded world: ds[i] is a dict of video (3, T, H, W), flow (2, T, H, W), caption and spec.
+
+    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip.
+    """
+
+    def __init__(self, frames, height, width, seed=0, split="train", texture=0.0, size=1.0):
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
+        if frames < 1 or min(height, width) < 16:
+            raise ValueError(f"{frames} frames of {height}x{width} is too small: ask for at least 1 frame of 16x16")
+        self.split, self.rng_key, self.texture = split, [seed, SPLITS.index(split)], texture
+        self.shape, self.size = (frames, height, width), size
+
+    def spec(self, i):
+        """The spec of clip i, without its pixels."""
+        rng = np.random.default_rng([*self.rng_key, i])
+        return complete(draw_words(rng, self.split, self.texture), *self.shape, rng, self.texture, self.size)
+
+    def batch(self, indices, device="cpu"):
+        """The clips of the indices: video (B, 3, T, H, W), flow (B, 2, T, H, W), lists of captions and of specs."""
+        specs = [self.spec(int(i)) for i in indices]
+        video, flow = render(specs, *self.shape, device)
+        return {"video": video, "flow": flow, "caption": [caption(s) for s in specs], "spec": specs}
+
+    def __getitem__(self, i):
+        return {key: value[0] for key, value in self.batch([i]).items()}
+
+    def of_prompts(self, prompts, device="cpu"):
+        """A ground-truth clip for each prompt, as `batch` returns them; what the words leave open is drawn."""
+        rngs = [np.random.default_rng([*self.rng_key, 1, n]) for n in range(len(prompts))]
+        specs = [complete(parse(p), *self.shape, rng, self.texture, self.size) for p, rng in zip(prompts, rngs)]
+        video, flow = render(specs, *self.shape, device)
+        return {"video": video, "flow": flow, "caption": list(prompts), "spec": specs}
+
+    def prompts(self):
+        """Held-out prompts to look at, one of each kind of motion."""
+        return PROMPTS[0::33]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading pictures back
+
+
+def _hues(video):
+    """The nearest palette index (T, H, W) of each pixel of (3, T, H, W), and its saturation: 0 where too grey."""
+    r, g, b = rgb = (video.float().clamp(-1, 1) + 1) / 2
+    top, chroma = rgb.amax(0), rgb.amax(0) - rgb.amin(0)
+    hue = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)
+    saturation = chroma / top.clamp(min=1e-6)  # the same in the light and the dark parts of a pattern
+    return (hue / (math.pi / 3)).round().long() % 6, saturation * ((chroma > 0.25) & (saturation > 0.4))
+
+
+def track(video, color):
+    """Where a colour is in (3, T, H, W): area (T,) as a share of the picture, centroid (T, 2) px, found (T,) bool.
+
+    A frame with less than 0.4 % of the colour is lost: its centroid is nan.
+    """
+    nearest, saturation = _hues(video)
+    weight = saturation * (nearest == list(COLORS).index(color))                                     # (T, H, W)
+    area, total = (weight > 0).float().mean((1, 2)), weight.sum((1, 2))
+    x = (weight.sum(1) * torch.arange(weight.shape[2], device=weight.device)).sum(1) / total
+    y = (weight.sum(2) * torch.arange(weight.shape[1], device=weight.device)).sum(1) / total
+    found = area >= 0.004
+    return area, torch.stack([x, y], 1).masked_fill(~found[:, None], math.nan), found
+
+
+def dominant_color(video):
+    """The palette colour of most coloured pixels of (3, T, H, W); None where all is grey."""
+    nearest, saturation = _hues(video)
+    counts = torch.bincount(nearest[saturation > 0], minlength=6)
+    return list(COLORS)[counts.argmax()] if counts.any() else None
+
+
+def direction(centroid, found):
+    """The least-squares line through the found centroids: angle in degrees (0 right, 90 down), speed in px per frame.
+
+    Both are nan where fewer than 3 frames were found.
+    """
+    if found.sum() < 3:
+        return math.nan, math.nan
+    t = torch.arange(len(found), dtype=torch.float64)[found.cpu()]
+    t = t - t.mean()
+    u, v = ((t[:, None] * centroid.cpu().double()[found.cpu()]).sum(0) / (t**2).sum()).tolist()
+    return math.degrees(math.atan2(v, u)), math.hypot(u, v)
+
+
+def nearest_direction(angle):
+    """The name of the nearest of the eight DIRECTIONS to an angle in degrees; None for nan."""
+    return None if math.isnan(angle) else list(DIRECTIONS)[round(angle / 45) % 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real videos. All decoding is ffmpeg's
+
+ENDINGS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
+KEPT_BYTES = 2e9                                                   # decoded windows that stay in memory: small folders are read again and again
+# imageio_ffmpeg logs a line for each reader whose filters change the size of the picture; ours all do.
+logging.getLogger("imageio_ffmpeg").addFilter(lambda record: "frame size" not in record.msg)
+
+
+class VideoFolder:
+    """The videos of a folder at `fps`, cropped around the centre to height x width, cut into windows of `frames` frames, one after the other.
+    [i] -> dict: video (3, T, H, W) in [-1, 1], caption, name "file:first frame"; the same for the same i, always.
+    FileNotFoundError without a folder, ValueError for malformed captions or no usable video; single bad files are skipped with a warning."""
+
+    def __init__(self, root, frames, height, width, fps, flow_dir=None, raft=None):
+        self.root, self.frames, self.height, self.width, self.fps = Path(root), frames, height, width, fps
+        self.flow_dir, self.raft, self.kept = flow_dir, raft, {}
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"found {'a file' if self.root.exists() else 'nothing'} at {root}, expected a folder of videos: correct data.root")
+        names = sorted(p.name for p in self.root.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+        if not names:
+            raise ValueError(f"found no video in {root}, expected files ending in {' '.join(ENDINGS)}: put some there")
+        self.captions = _read_captions(self.root, names)
+
+        # A header cannot be trusted with the number of frames (that of a file cut in the middle promises them all), so each is decoded once.
+        with ThreadPoolExecutor(4) as pool:
+            count = dict(zip(names, tqdm(pool.map(self._count, names), "opening videos", len(names), disable=len(names) < 20)))
+        _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or the sound is longer: encode again")
+        _warn([n for n in names if 0 <= count[n] < frames], f"skipped, shorter than {frames} frames at {fps} fps", "lower `frames` or raise `fps`")
+        self.windows = [(n, start) for n in names for start in range(0, count[n] - frames + 1, frames)]
+        if not self.windows:
+            raise ValueError(f"found no usable one among {len(names)} videos in {root}, expected {frames} frames at {fps} fps: see the warnings")
+        # Stored flow goes by what is in the file and in the RAFT, not by dates: a copied folder keeps it, an edited clip loses it.
+        self.prints = {n: _print(self.root / n) for n in dict(self.windows)}
+        self.raft_print = "*"                                      # without a RAFT, the flow of any
+        if raft is not None:
+            weights = torch.cat([p.detach().float().flatten().cpu() for p in raft.state_dict().values()])
+            self.raft_print = f"{zlib.crc32(weights.numpy()):08x}"
+
+    def __len__(self):
+        return len(self.windows)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"found index {i}, expected 0 to {len(self) - 1}")
+        name, start = self.windows[i]
+        video = self._pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1                                       # (3, T, H, W)
+        return dict(video=video, caption=self.captions[name], name=f"{name}:{start}")
+
+    def prompts(self):
+        """The folder's own captions, each once, to look at."""
+        return sorted({self.captions[name] for name, _ in self.windows})
+
+    @torch.no_grad()
+    def batch(self, indices, device="cpu"):
+        """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
+        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px); without flow_dir, each time.
+        ValueError where the flow is not stored and there is no RAFT."""
+        with ThreadPoolExecutor(4) as pool:                        # threads suffice: the work is done in ffmpeg's own processes
+            items = list(pool.map(self.__getitem__, indices))
+        video = torch.stack([item["video"] for item in items]).to(device)                                     # (B, 3, T, H, W)
+        d = torch.stack([self._flow(i, clip) for i, clip in zip(indices, video)]).to(device)                  # (B, 2, T, H, W) float16
+        return dict(video=video, flow=d.float(), caption=[item["caption"] for item in items])
+
+    def _decode(self, name, start=0, stop=None):
+        """Yields a file's header (a dict), then its frames start to stop, counted at self.fps, as H * W * 3 bytes each."""
+        # Frames are counted behind the fps filter: seeking (-ss) shifts its phase (seen on a gif). dar is the shape as shown, not as stored.
+        h, w, stop = self.height, self.width, "" if stop is None else f":end_frame={stop}"
+        cover = f"scale=w='max({w},ceil({h}*dar))':h='max({h},ceil({w}/dar))',format=rgb24,crop={w}:{h}"
+        # Of several video streams ffmpeg takes the default, then the largest. Without passthrough it adds copies to a picture that starts after
+        # its sound, to each window anew. This is the reader underneath imageio's FFMPEG plugin, because the plugin refuses .gif by its name.
+        return imageio_ffmpeg.read_frames(str(self.root / name), input_params=["-threads", "1"], output_params=[
+            "-fps_mode", "passthrough", "-vf", f"fps={self.fps},trim=start_frame={start}{stop},{cover}"])
+
+    def _count(self, name):
+        """Number of frames that a file decodes to at self.fps; -1 if it is broken."""
+        try:
+            with closing(self._decode(name)) as stream:
+                seconds, n = next(stream)["duration"], sum(1 for _ in stream)
+        except (OSError, RuntimeError):                            # nothing that ffmpeg can read; ffmpeg died in the middle of a frame
+            return -1
+        # Half a second for sound that ends later, one frame for rounding. A header without duration says 0.
+        return n if n and seconds - n / self.fps <= 0.5 + 1 / self.fps else -1
+
+    def _pixels(self, i):
+        """Window i as (T, H, W, 3) uint8."""
+        if i not in self.kept:
+            name, start = self.windows[i]
+            with closing(self._decode(name, start, start + self.frames)) as stream:
+                data = bytearray().join([frame for frame in stream][1:])
+            if len(data) != self.frames * self.height * self.width * 3:
+                raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
+            window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
+            if (len(self.kept) + 1) * len(data) > KEPT_BYTES:
+                return window
+            self.kept[i] = window
+        return self.kept[i]
+
+    def _flow(self, i, video):
+        """Optical flow (2, T, H, W) of window i, video (3, T, H, W), as float16: read where it is stored, else estimated and stored."""
+        name, start = self.windows[i]
+        stem = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps-{self.prints[name]}-"
+        stem = os.path.join(self.flow_dir or "", stem)
+        for path in sorted(glob.glob(glob.escape(stem) + self.raft_print + ".npy")) if self.flow_dir else ():
+            try:
+                d = torch.from_numpy(np.load(path))
+            except (OSError, ValueError, EOFError):                # torn, by a full disk or half a copy: estimated again below
+                continue
+            if d.shape == (2, *video.shape[1:]) and d.dtype == torch.float16:
+                return d
+        if self.raft is None:
+            raise ValueError(f"found no flow of {name}:{start} in {self.flow_dir}, expected it there or a RAFT to estimate it: set flow.weights "
+                             "to a RAFT file, or let train.py fetch torchvision's")
+        d = estimate_flow(video[None], self.raft)[0].half().cpu()
+        if self.flow_dir:
+            os.makedirs(self.flow_dir, exist_ok=True)
+            with open(f"{stem}{os.getpid()}.tmp", "wb") as file:
+                np.save(file, d.numpy())
+            os.replace(file.name, f"{stem}{self.raft_print}.npy")  # whole or not at all, whatever kills this run or another rank
+        return d
+
+
+def _read_captions(root, names):
+    """Caption of each file: that of metadata.jsonl or metadata.csv (file_name, text), else a .txt beside it, else the empty one."""
+    captions, table = {}, next((root / t for t in ("metadata.jsonl", "metadata.csv") if (root / t).is_file()), None)
+    for line, row in _rows(table) if table else ():
+        # None is where csv puts what stands behind the last column: a caption with a comma and without quotes.
+        if not isinstance(row, dict) or None in row or not all(isinstance(row.get(k), str) for k in ("file_name", "text")):
+            raise ValueError(f"found {row!r} in line {line} of {table}, expected a file_name and a text: correct that line")
+        captions[row["file_name"]] = row["text"].strip()
+    _warn(sorted(captions.keys() - set(names)), f"named in {table} but not there", "correct file_name")
+    for n in names:
+        beside = (root / n).with_suffix(".txt")
+        captions[n] = captions.get(n) or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else "")
+    _warn([n for n in names if not captions[n]], "without a caption", "used with the empty one")
+    return captions
+
+
+def _rows(table):
+    """Yields (line number, row) of a .csv or a .jsonl; a line that is no JSON comes as the text it is."""
+    with open(table, encoding="utf-8-sig", newline="") as file:    # -sig: spreadsheets put a mark in front
+        if table.suffix == ".csv":
+            reader = csv.DictReader(file)
+            yield from ((reader.line_num, row) for row in reader)
+        for line, text in enumerate(file, 1):
+            try:
+                yield line, json.loads(text)
+            except json.JSONDecodeError:
+                if text.strip():
+                    yield line, text
+
+
+def _warn(names, problem, advice):
+    """One warning for all the files that share a problem."""
+    if names:
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        warnings.warn(f"{len(names)} file(s) {problem}: {', '.join(names[:20])}{more} ({advice})", stacklevel=3)
+
+
+def _print(path):
+    """Eight digits that change with the size or the first megabyte of a file."""
+    with open(path, "rb") as file:
+        return f"{zlib.crc32(file.read(2**20), path.stat().st_size & 0xffffffff):08x}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_data(config, split="train", device="cpu"):
+    """The config's data set: the embedded world's split, or the folder data.root, whose flow is kept in <run>/flow."""
+    size, world = (config["frames"], config["height"], config["width"]), config["world"]
+    if not config["data"]["root"]:
+        return MovingShapes(*size, config["seed"], split, world["texture"], world["size"])
+    raft = load_raft(None if config["flow"]["weights"] else "large", config["flow"]["weights"] or None).to(device)
+    return VideoFolder(config["data"]["root"], *size, config["fps"], Path(config["run"], "flow"), raft)
+
+
+def main():
+    """Write world.png."""
+    rng = np.random.default_rng(0)
+    specs = [complete(parse(p), 16, 64, 64, rng, texture=1.0) for p in (PROMPTS[8 * n + 3 * n % 8] for n in range(16))]
+    print("\n".join(map(caption, specs)))
+    video, flow = render(specs, 16, 64, 64)
+    pictures = torch.stack([video, flow_to_rgb(flow)], 1)[:, :, :, ::2]                          # (B, 2, 3, 8, H, W)
+    pictures = F.pad(pictures, (0, 2, 0, 2), value=-1).permute(0, 1, 4, 3, 5, 2)                 # (B, 2, H, 8, W, 3)
+    columns = pictures.flatten(3, 4).flatten(0, 2).chunk(2)                                      # two of 8 clips each
+    iio.imwrite("world.png", ((torch.cat(columns, 1) + 1) * 127.5).round().byte().numpy())
+
+
+if __name__ == "__main__":
+    main()

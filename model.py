@@ -1,0 +1,486 @@
+"""The networks of VideoJAM and the config that sizes them (paper sec. 4.1, 4.2, App. C; blocks as in Movie Gen).
+
+    TAE       video <-> latent, 8x8x8 smaller (4x4x4 in `tiny`); the same net encodes appearance and painted optical flow
+    ByteText  prompt -> features; bytes, trained together with the DiT. "No text" is the empty string.
+    DiT       Eq. 4: u = M(x_t W_in, y, t) W_out; `add_motion()` is the surgery of sec. 4.2
+
+Nothing runs here: the classes take plain arguments, the builders at the end alone know the config. Try
+    python -c "import model; c = model.load_config(['preset=small']); print(model.build_dit(c))"
+
+Letters: B batch, C latent channels, T H W latent frames, height, width (of pixels inside the TAE), p patch, N tokens,
+D width of the net, L text tokens, t flow-matching time in [0, 1] (0 noise, 1 data).
+"""
+import difflib
+import math
+import pathlib
+import warnings
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+
+def init_linear(module):
+    """Every matrix starts at variance 1 / fan_in; what must start at zero is zeroed by its owner afterwards."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=m.in_features ** -0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and feed-forward, shared by the text encoder and the DiT: RMSNorm before, SwiGLU inside, no biases.
+
+class Attention(nn.Module):
+    """Full attention of x (B, N, D) on itself, or on text (B, L, D) under a mask (B, L), True = look at it."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x, text=None, mask=None):
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, N, D) -> (B, heads, N, D/heads)
+        q, (k, v) = self.q(x), self.kv(x if text is None else text).chunk(2, dim=-1)
+        mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, L)
+        y = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)                        # gate and value in one product
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: y in the paper's equations.
+
+class ByteText(nn.Module):
+    """Bytes -> a small bidirectional transformer, trained with the DiT. Ids are ByT5's: byte + 3, pad 0, end 1.
+
+    text(list of B str) -> features (B, L, D), mask (B, L) bool, True = a real token. Longer prompts are cut, with a warning.
+    """
+
+    def __init__(self, dim, depth, heads, length):
+        super().__init__()
+        self.length = length
+        self.embed = nn.Embedding(259, dim)
+        self.position = nn.Parameter(torch.empty(length, dim))
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm1=nn.RMSNorm(dim), attn=Attention(dim, heads), norm2=nn.RMSNorm(dim), ffn=SwiGLU(dim, 2 * dim)))
+            for _ in range(depth))
+        self.norm = nn.RMSNorm(dim)
+        self.init()
+
+    def init(self):
+        init_linear(self)
+        nn.init.normal_(self.embed.weight)
+        nn.init.normal_(self.position)
+
+    def tokenize(self, prompts):
+        rows = []
+        for prompt in prompts:
+            ids = [byte + 3 for byte in prompt.encode()]
+            if len(ids) >= self.length:
+                warnings.warn(f"prompt of {len(ids)} bytes cut to {self.length - 1} (text.length - 1): {prompt!r}")
+            rows.append(ids[:self.length - 1] + [1])                            # the empty prompt is the end token alone
+        longest = max(map(len, rows))
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+    def forward(self, prompts):
+        ids = self.tokenize(prompts).to(self.position.device)                   # (B, L)
+        mask = ids != 0                                                         # (B, L)
+        x = self.embed(ids) + self.position[:ids.shape[1]]                      # (B, L, D)
+        for block in self.blocks:
+            y = block.norm1(x)                                                  # (B, L, D)
+            x = x + block.attn(y, y, mask)                                      # (B, L, D)
+            x = x + block.ffn(block.norm2(x))                                   # (B, L, D)
+        return self.norm(x), mask                                               # (B, L, D), (B, L)
+
+
+class RandomText(nn.Module):
+    """Stand-in for the paper's frozen UL2, ByT5 and MetaCLIP: fixed random features of their widths, a function of the prompt.
+
+    text(list of B str) -> lists with one entry per encoder: features (B, length, width), mask (B, length). For speed and memory only.
+    """
+
+    def __init__(self, widths, length):
+        super().__init__()
+        self.widths, self.length = widths, length
+        self.register_buffer("where", torch.zeros(0), persistent=False)         # knows the device
+
+    def forward(self, prompts):
+        features = []
+        for k, width in enumerate(self.widths):
+            rows = [torch.randn(self.length, width, generator=torch.Generator().manual_seed(
+                int.from_bytes(f"{k} {prompt}".encode()[-8:], "big") >> 1)) for prompt in prompts]
+            features.append(torch.stack(rows).to(self.where.device))
+        masks = [torch.ones(len(prompts), self.length, dtype=torch.bool, device=self.where.device) for _ in self.widths]
+        return features, masks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiT, Eq. 4.
+
+class Block(nn.Module):
+    """Self-attention over all video tokens, cross-attention to the text, feed-forward; gates start at zero (App. C)."""
+
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.RMSNorm(dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attn, self.cross, self.ffn = Attention(dim, heads), Attention(dim, heads), SwiGLU(dim, hidden)
+        self.table = nn.Parameter(torch.zeros(6, dim))                          # this block's own part of the modulation
+
+    def forward(self, x, c, text, mask):
+        scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)        # (B, N, D)
+        x = x + self.cross(self.norm2(x), text, mask)                           # (B, N, D)
+        x = x + gate2 * self.ffn(self.norm3(x) * (1 + scale2) + shift2)         # (B, N, D)
+        return x
+
+
+class DiT(nn.Module):
+    """u(x_t, y, t) of Eq. 4; after `add_motion()` u+([x_t, d_t], y, t), which predicts both velocities (sec. 4.2).
+
+    dit(x, t, text, mask): x (B, C, T, H, W), or (B, 2C, T, H, W) after add_motion(); t (B,); text (B, L, D_text), mask (B, L) bool,
+    or lists of them, one per encoder. Returns the shape of x. Raises ValueError where x has another size than it was built for.
+    """
+
+    def __init__(self, channels, frames, height, width, dim, depth, heads, hidden, text_dims, patch=2, motion=False):
+        super().__init__()
+        self.size, self.patch = (channels, frames, height, width), patch
+        self.patch_in = nn.Linear(channels * patch ** 2, dim, bias=False)       # W_in
+        self.pos_t = nn.Parameter(torch.empty(frames, 1, 1, dim))               # learnable, factorised
+        self.pos_h = nn.Parameter(torch.empty(1, height // patch, 1, dim))
+        self.pos_w = nn.Parameter(torch.empty(1, 1, width // patch, dim))
+        self.time = nn.Sequential(nn.Linear(256, dim, bias=False), nn.SiLU(), nn.Linear(dim, dim, bias=False), nn.SiLU())
+        self.modulation = nn.Linear(dim, 6 * dim, bias=False)                   # one for all blocks
+        self.text_in = nn.ModuleList(nn.Linear(d, dim, bias=False) for d in text_dims)
+        self.text_norm = nn.ModuleList(nn.LayerNorm(dim, bias=False) for _ in text_dims)
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(depth))
+        self.norm = nn.RMSNorm(dim)
+        self.table = nn.Parameter(torch.zeros(2, dim))                          # scale and shift before W_out
+        self.patch_out = nn.Linear(dim, channels * patch ** 2, bias=False)      # W_out
+        self.motion_in = self.motion_out = None
+        self.init()
+        if motion:
+            self.add_motion()
+
+    def init(self):
+        init_linear(self)
+        for position in (self.pos_t, self.pos_h, self.pos_w):
+            nn.init.normal_(position, std=0.02)
+        # The net starts as the zero function and every block as the identity: gates, cross-attention and W_out are zero.
+        for zero in [self.modulation, self.patch_out, *(block.cross.out for block in self.blocks)]:
+            nn.init.zeros_(zero.weight)
+
+    # sec. 4.2. W_in+ = [W_in; 0] and W_out+ = [W_out, W_d] are kept as their two blocks: [x, d] W_in+ = x W_in + d 0. So the widened
+    # net equals the base DiT to the last bit for any d, and the base's weights keep their names.
+    def add_motion(self):
+        """The surgery: zero rows for d in W_in, a second output matrix in W_out. Afterwards x has 2C channels, [x, d]."""
+        like = self.patch_in.weight
+        self.motion_in = nn.Linear(self.patch_in.in_features, self.patch_in.out_features, bias=False, device=like.device, dtype=like.dtype)
+        self.motion_out = nn.Linear(self.patch_out.in_features, self.patch_out.out_features, bias=False, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(self.motion_in.weight)                                   # ignores d at the start (the paper's zero rows)
+        nn.init.zeros_(self.motion_out.weight)                                  # predicts no motion at the start (our choice)
+        return self
+
+    def patchify(self, x):
+        return F.pixel_unshuffle(x.transpose(1, 2), self.patch).permute(0, 1, 3, 4, 2)      # (B, T, H/p, W/p, C p p)
+
+    def unpatchify(self, x):
+        return F.pixel_shuffle(x.permute(0, 1, 4, 2, 3), self.patch).transpose(1, 2)        # (B, C, T, H, W)
+
+    def forward(self, x, t, text, mask):
+        C, T, H, W = self.size
+        expected = ((2 if self.motion_in else 1) * C, T, H, W)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"DiT: found a latent of shape {tuple(x.shape[1:])}, expected {expected} (channels, frames, height, width)")
+        if torch.is_tensor(text):
+            text, mask = [text], [mask]
+        y = torch.cat([norm(lin(f)) for lin, norm, f in zip(self.text_in, self.text_norm, text)], dim=1)    # (B, L, D)
+        mask = torch.cat(mask, dim=1)                                           # (B, L)
+        e = self.time(timestep_embedding(t).to(x.dtype))                        # (B, D)
+        c = self.modulation(e).unflatten(1, (6, -1))                            # (B, 6, D)
+        h = self.patch_in(self.patchify(x[:, :C]))                              # (B, T, H/p, W/p, D)
+        if self.motion_in:
+            h = h + self.motion_in(self.patchify(x[:, C:]))                     # (B, T, H/p, W/p, D)
+        h = h.flatten(1, 3)                                                     # (B, N, D)
+        position = (self.pos_t + self.pos_h + self.pos_w).flatten(0, 2)         # (N, D)
+        for block in self.blocks:
+            h = block(h + position, c, y, mask)                                 # (B, N, D)
+        scale, shift = (self.table + e[:, None])[:, :, None].unbind(1)          # 2 x (B, 1, D)
+        h = self.norm(h) * (1 + scale) + shift                                  # (B, N, D)
+        h = h.unflatten(1, (T, H // self.patch, W // self.patch))               # (B, T, H/p, W/p, D)
+        u = self.unpatchify(self.patch_out(h))                                  # (B, C, T, H, W)
+        if self.motion_out:
+            u = torch.cat([u, self.unpatchify(self.motion_out(h))], dim=1)      # (B, 2C, T, H, W)
+        return u
+
+
+def timestep_embedding(t, dim=256):
+    """t (B,) in [0, 1] -> (B, dim) cosines and sines of 1000 t at geometric frequencies."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = 1000 * t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TAE. All tensors are (B, C, T, H, W); a 2-D convolution is a 3-D one that is one frame deep, a temporal one is one pixel wide.
+
+class Conv(nn.Module):
+    """A 2-D 3x3 convolution followed by a 1-D one over 3 frames, either with stride 2 on request (Movie Gen's TAE)."""
+
+    def __init__(self, c_in, c_out, stride_s=1, stride_t=1):
+        super().__init__()
+        self.space = nn.Conv2d(c_in, c_out, 3, stride_s, padding=1)
+        self.time = nn.Conv2d(c_out, c_out, (3, 1), (stride_t, 1))              # on (B, C, T, HW)
+        nn.init.dirac_(self.time.weight)                                        # the identity: the net starts as an image autoencoder
+        nn.init.zeros_(self.time.bias)
+
+    def forward(self, x):
+        B = len(x)
+        x = self.space(x.transpose(1, 2).flatten(0, 1))                         # (B T, c_out, H', W')
+        H, W = x.shape[2:]
+        x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(3)                  # (B, c_out, T, H'W')
+        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)                    # symmetric replication, not causal
+        return self.time(x).unflatten(3, (H, W))                                # (B, c_out, T', H', W')
+
+
+class FrameNorm(nn.GroupNorm):
+    """GroupNorm within each frame: no statistic crosses frames, so a tile of a clip is encoded like the clip."""
+
+    def forward(self, x):
+        y = super().forward(x.transpose(1, 2).flatten(0, 1))                    # (B T, C, H, W)
+        return y.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.norm2 = FrameNorm(8, dim), FrameNorm(8, dim)
+        self.conv1, self.conv2 = Conv(dim, dim), Conv(dim, dim)
+        nn.init.zeros_(self.conv2.space.weight)                                 # starts as the identity
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(y)))
+
+
+class PixelAttention(nn.Module):
+    """Attention within each frame, then over time at each place; zero at the start."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.space, self.time = Attention(dim, max(1, dim // 64)), Attention(dim, max(1, dim // 64))
+        nn.init.zeros_(self.space.out.weight)
+        nn.init.zeros_(self.time.out.weight)
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        x = x.permute(0, 2, 3, 4, 1).reshape(B * T, H * W, C)
+        x = x + self.space(self.norm1(x))
+        x = x.view(B, T, H * W, C).transpose(1, 2).reshape(B * H * W, T, C)
+        x = x + self.time(self.norm2(x))
+        return x.view(B, H, W, T, C).permute(0, 4, 3, 1, 2)
+
+
+class Down(nn.Module):
+    """Stride-2 convolution plus a shortcut without parameters: each 2x2 (x2) cell goes to the channels, averaged to c_out."""
+
+    def __init__(self, c_in, c_out, stride_s, stride_t):
+        super().__init__()
+        self.s, self.t, self.c_out = stride_s, stride_t, c_out
+        self.conv = Conv(c_in, c_out, stride_s, stride_t)
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        y = self.conv(x)                                                        # (B, c_out, ceil(T/t), H/s, W/s)
+        x = torch.cat([x, x[:, :, -1:]], dim=2) if T % self.t else x            # an odd clip repeats its last frame
+        x = x.view(B, C, -1, self.t, H // self.s, self.s, W // self.s, self.s)
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, self.c_out, -1, *y.shape[2:]).mean(2)
+        return x + y
+
+
+class Up(nn.Module):
+    """Nearest neighbour, then a convolution, plus the mirror image of Down's shortcut: channels are copied back to the cell."""
+
+    def __init__(self, c_in, c_out, stride_s, stride_t):
+        super().__init__()
+        self.s, self.t, self.c_out = stride_s, stride_t, c_out
+        self.conv = Conv(c_in, c_out)
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        y = self.conv(F.interpolate(x, scale_factor=(self.t, self.s, self.s)))  # (B, c_out, tT, sH, sW)
+        cell = self.t * self.s ** 2
+        x = x.repeat_interleave(self.c_out * cell // C, dim=1).view(B, self.c_out, self.t, self.s, self.s, T, H, W)
+        return y + x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(y.shape)
+
+
+class TAE(nn.Module):
+    """Temporal auto-encoder (App. C): video (B, 3, T, H, W) in [-1, 1] <-> latent (B, C, ceil(T/temporal), H/spatial, W/spatial).
+
+    One net serves both streams; `statistics` (2 streams, mean and std, C) brings either to zero mean and unit variance.
+    Any T works; an image is a clip of one frame. Raises ValueError where H or W is no multiple of `spatial`.
+    """
+
+    def __init__(self, channels=16, widths=(16, 32, 64), blocks=(1, 1), spatial=4, temporal=4, tile=32):
+        super().__init__()
+        levels = len(widths) - 1
+        strides = [(2 if 2 ** (i + 1) <= spatial else 1, 2 if 2 ** (i + 1) <= temporal else 1) for i in range(levels)]
+        if math.prod(s for s, _ in strides) != spatial or math.prod(t for _, t in strides) != temporal:
+            raise ValueError(f"TAE: found factors {spatial} and {temporal} with {levels + 1} widths, expected powers of two up to {2 ** levels}")
+        self.channels, self.spatial, self.temporal, self.tile = channels, spatial, temporal, tile
+        stage = lambda i: [ResBlock(widths[i]) for _ in range(blocks[i])]
+        encoder, decoder = [Conv(3, widths[0])], [Conv(channels, widths[-1])]
+        for i, (s, t) in enumerate(strides):
+            encoder += [*stage(i), Down(widths[i], widths[i + 1], s, t)]
+        middle = lambda c: [ResBlock(c), PixelAttention(c), ResBlock(c)]
+        encoder += [*middle(widths[-1]), FrameNorm(8, widths[-1]), nn.SiLU(), Conv(widths[-1], 2 * channels)]
+        decoder += middle(widths[-1])
+        for i, (s, t) in reversed(list(enumerate(strides))):
+            decoder += [Up(widths[i + 1], widths[i], s, t), *stage(i)]
+        decoder += [FrameNorm(8, widths[0]), nn.SiLU(), Conv(widths[0], 3)]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        with torch.no_grad():
+            self.encoder[-1].time.bias[channels:] = -6                          # log-variance: nearly no noise until the means mean something
+        self.register_buffer("statistics", torch.tensor([0.0, 1.0])[None, :, None].repeat(2, 1, channels))
+
+    def moments(self, video):
+        """video (B, 3, T, H, W) -> mean and log-variance of the posterior, each (B, C, T', H', W'), not normalised."""
+        if video.shape[-2] % self.spatial or video.shape[-1] % self.spatial:
+            raise ValueError(f"TAE: found {video.shape[-1]}x{video.shape[-2]} pixels, expected multiples of {self.spatial}")
+        mean, logvar = self.encoder(video).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def scale(self, motion):
+        return self.statistics[int(motion), :, :, None, None, None]             # mean, std: each (C, 1, 1, 1)
+
+    def encode(self, video, motion=False):
+        """video (B, 3, T, H, W) -> normalised latent (B, C, ceil(T/temporal), H/spatial, W/spatial), tile by tile."""
+        latent = torch.cat([self.moments(v)[0] for v in video.split(self.tile, dim=2)], dim=2)
+        mean, std = self.scale(motion)
+        return (latent - mean) / std
+
+    def decode(self, latent, frames, motion=False):
+        """Normalised latent (B, C, T', H', W') -> video (B, 3, frames, H, W), tiles overlapping by half, blended linearly."""
+        if math.ceil(frames / self.temporal) != latent.shape[2]:
+            raise ValueError(f"TAE: found {latent.shape[2]} latent frames, expected {math.ceil(frames / self.temporal)} for {frames} frames")
+        mean, std = self.scale(motion)
+        latent = latent * std + mean
+        size, hop = self.tile // self.temporal, self.tile // self.temporal // 2
+        video = self.decoder(latent[:, :, :size])
+        for start in range(hop, latent.shape[2] - hop, hop):                    # each tile begins in the middle of the last
+            new = self.decoder(latent[:, :, start:start + size])
+            overlap = video.shape[2] - start * self.temporal
+            weight = (torch.arange(overlap, device=video.device, dtype=video.dtype) + 0.5)[:, None, None] / overlap
+            blend = torch.lerp(video[:, :, -overlap:], new[:, :, :overlap], weight)
+            video = torch.cat([video[:, :, :-overlap], blend, new[:, :, overlap:]], dim=2)
+        return video[:, :, :frames]                                             # the tail that rounding up added goes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: config.yaml holds every key once with its default (the `tiny` preset), then what the other presets change.
+
+def flatten(tree, prefix=""):
+    """A nested dict -> {dotted key: value}."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def put(config, key, value, origin):
+    """Set a dotted key that must exist, to a value of its default's type; raises ValueError naming the nearest key."""
+    known = flatten(config)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        raise ValueError(f"{origin}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "; config.yaml lists them all"))
+    kind = type(known[key])
+    try:                                                                        # YAML reads 1e-4 as a string, 3 as an int
+        right = kind(value) if kind is float and not isinstance(value, bool) else str(value) if kind is str and value is not None else value
+    except (TypeError, ValueError):
+        right = value
+    if type(right) is not kind:
+        raise ValueError(f"{origin}: {key}={value!r} is a {type(value).__name__}, expected a {kind.__name__} like {known[key]!r}")
+    *path, leaf = key.split(".")
+    for part in path:
+        config = config[part]
+    config[leaf] = right
+
+
+def load_config(overrides=()):
+    """["preset=4b", "dit.depth=3"] -> the resolved, checked config as a nested dict; raises ValueError in one clear line."""
+    path = pathlib.Path(__file__).with_name("config.yaml")
+    document = yaml.safe_load(path.read_text())
+    config, presets = document["default"], document["presets"]
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} is no key=value pair; example: preset=small dit.depth=8")
+        pairs.append((key.strip(), yaml.safe_load(value) if value.strip() else ""))
+    preset = str(dict(pairs).get("preset", config["preset"]))
+    if preset not in presets:
+        raise ValueError(f"preset={preset}: unknown, expected one of {', '.join(presets)}")
+    for key, value in flatten(presets[preset] or {}).items():
+        put(config, key, value, f"config.yaml, preset {preset}")
+    for key, value in pairs:
+        put(config, key, value, "command line")
+    config["run"] = config["run"] or f"runs/{preset}"
+    check(config)
+    return config
+
+
+def check(config):
+    """Raise ValueError, one line, where numbers of the config do not fit together."""
+    def need(ok, message):
+        if not ok:
+            raise ValueError(f"config: {message}")
+    tae, dit = config["tae"], config["dit"]
+    for key, value in flatten(config).items():
+        need(not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
+    for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch"):
+        need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
+    cell = tae["spatial"] * dit["patch"]
+    for key in ("height", "width"):
+        need(config[key] % cell == 0, f"{key}={config[key]} does not divide by tae.spatial x dit.patch = {tae['spatial']} x {dit['patch']} = {cell}")
+    need(dit["dim"] % dit["heads"] == 0, f"dit.dim={dit['dim']} does not divide by dit.heads={dit['heads']}")
+    need(config["text"]["dim"] % config["text"]["heads"] == 0, f"text.dim={config['text']['dim']} does not divide by text.heads={config['text']['heads']}")
+    need(tae["tile"] % (2 * tae["temporal"]) == 0, f"tae.tile={tae['tile']} does not divide by 2 x tae.temporal = {2 * tae['temporal']}")
+    need(all(width % 8 == 0 for width in tae["widths"]), f"tae.widths={tae['widths']}, expected multiples of 8 (the groups of GroupNorm)")
+    need(config["guide_motion"] in ("text", "literal"), f"guide_motion={config['guide_motion']}, expected text or literal")
+
+
+def latent_size(config):
+    """(C, T', H', W') of one stream's latents."""
+    tae = config["tae"]
+    return tae["channels"], math.ceil(config["frames"] / tae["temporal"]), config["height"] // tae["spatial"], config["width"] // tae["spatial"]
+
+
+def build_tae(config):
+    keys = ("channels", "widths", "blocks", "spatial", "temporal", "tile")
+    return TAE(**{key: config["tae"][key] for key in keys})
+
+
+def build_text(config):
+    text = config["text"]
+    if text["frozen"]:
+        return RandomText(text["frozen"], text["length"])
+    return ByteText(text["dim"], text["depth"], text["heads"], text["length"])
+
+
+def build_dit(config, motion=False):
+    dit, text = config["dit"], config["text"]
+    hidden = dit["hidden"] or 64 * round(dit["dim"] * 8 / 3 / 64)                # SwiGLU's 8/3 d
+    return DiT(*latent_size(config), dit["dim"], dit["depth"], dit["heads"], hidden, text["frozen"] or [text["dim"]], dit["patch"], motion)
