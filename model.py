@@ -459,6 +459,7 @@ def check(config):
     need(config["text"]["dim"] % config["text"]["heads"] == 0, f"text.dim={config['text']['dim']} does not divide by text.heads={config['text']['heads']}")
     need(tae["tile"] % (2 * tae["temporal"]) == 0, f"tae.tile={tae['tile']} does not divide by 2 x tae.temporal = {2 * tae['temporal']}")
     need(all(width % 8 == 0 for width in tae["widths"]), f"tae.widths={tae['widths']}, expected multiples of 8 (the groups of GroupNorm)")
+    need(len(tae["blocks"]) == len(tae["widths"]) - 1, f"tae.blocks={tae['blocks']}, expected one number fewer than tae.widths={tae['widths']}")
     need(config["guide_motion"] in ("text", "literal"), f"guide_motion={config['guide_motion']}, expected text or literal")
 
 
