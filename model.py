@@ -21,11 +21,11 @@ import yaml
 from torch import nn
 
 
-def init_linear(module):
-    """Every matrix starts at variance 1 / fan_in; what must start at zero is zeroed by its owner afterwards."""
+def init_matrices(module):
+    """Every matrix and 2-D kernel starts at variance 1 / fan_in; its owner then zeroes what must start at zero."""
     for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.normal_(m.weight, std=m.in_features ** -0.5)
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class ByteText(nn.Module):
         self.init()
 
     def init(self):
-        init_linear(self)
+        init_matrices(self)
         nn.init.normal_(self.embed.weight)
         nn.init.normal_(self.position)
 
@@ -175,7 +175,7 @@ class DiT(nn.Module):
             self.add_motion()
 
     def init(self):
-        init_linear(self)
+        init_matrices(self)
         for position in (self.pos_t, self.pos_h, self.pos_w):
             nn.init.normal_(position, std=0.02)
         # The net starts as the zero function and every block as the identity: gates, cross-attention and W_out are zero.
@@ -243,8 +243,6 @@ class Conv(nn.Module):
         super().__init__()
         self.space = nn.Conv2d(c_in, c_out, 3, stride_s, padding=1)
         self.time = nn.Conv2d(c_out, c_out, (3, 1), (stride_t, 1))              # on (B, C, T, HW)
-        nn.init.dirac_(self.time.weight)                                        # the identity: the net starts as an image autoencoder
-        nn.init.zeros_(self.time.bias)
 
     def forward(self, x):
         B = len(x)
@@ -268,7 +266,6 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = FrameNorm(8, dim), FrameNorm(8, dim)
         self.conv1, self.conv2 = Conv(dim, dim), Conv(dim, dim)
-        nn.init.zeros_(self.conv2.space.weight)                                 # starts as the identity
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
@@ -276,14 +273,12 @@ class ResBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Attention within each frame, then over time at each place; zero at the start."""
+    """Attention within each frame, then over time at each place (at the lowest resolution only)."""
 
     def __init__(self, dim):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.space, self.time = Attention(dim, max(1, dim // 64)), Attention(dim, max(1, dim // 64))
-        nn.init.zeros_(self.space.out.weight)
-        nn.init.zeros_(self.time.out.weight)
 
     def forward(self, x):
         B, C, T, H, W = x.shape
@@ -307,7 +302,7 @@ class Down(nn.Module):
         y = self.conv(x)                                                        # (B, c_out, ceil(T/t), H/s, W/s)
         x = torch.cat([x, x[:, :, -1:]], dim=2) if T % self.t else x            # an odd clip repeats its last frame
         x = x.view(B, C, -1, self.t, H // self.s, self.s, W // self.s, self.s)
-        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, self.c_out, -1, *y.shape[2:]).mean(2)
+        x = x.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(B, self.c_out, -1, *y.shape[2:]).mean(2)
         return x + y
 
 
@@ -323,8 +318,8 @@ class Up(nn.Module):
         B, C, T, H, W = x.shape
         y = self.conv(F.interpolate(x, scale_factor=(self.t, self.s, self.s)))  # (B, c_out, tT, sH, sW)
         cell = self.t * self.s ** 2
-        x = x.repeat_interleave(self.c_out * cell // C, dim=1).view(B, self.c_out, self.t, self.s, self.s, T, H, W)
-        return y + x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(y.shape)
+        x = x.repeat_interleave(self.c_out * cell // C, dim=1).view(B, self.t, self.s, self.s, self.c_out, T, H, W)
+        return y + x.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(y.shape)
 
 
 class TAE(nn.Module):
@@ -338,30 +333,52 @@ class TAE(nn.Module):
         super().__init__()
         levels = len(widths) - 1
         strides = [(2 if 2 ** (i + 1) <= spatial else 1, 2 if 2 ** (i + 1) <= temporal else 1) for i in range(levels)]
+        if widths[-1] % channels:
+            raise ValueError(f"TAE: found a last width of {widths[-1]} and {channels} latent channels, expected a multiple")
         if math.prod(s for s, _ in strides) != spatial or math.prod(t for _, t in strides) != temporal:
             raise ValueError(f"TAE: found factors {spatial} and {temporal} with {levels + 1} widths, expected powers of two up to {2 ** levels}")
         self.channels, self.spatial, self.temporal, self.tile = channels, spatial, temporal, tile
         stage = lambda i: [ResBlock(widths[i]) for _ in range(blocks[i])]
-        encoder, decoder = [Conv(3, widths[0])], [Conv(channels, widths[-1])]
+        middle = lambda: [ResBlock(widths[-1]), PixelAttention(widths[-1]), ResBlock(widths[-1])]
+        end = lambda c, c_out: nn.Sequential(FrameNorm(8, c), nn.SiLU(), Conv(c, c_out))
+        encoder, decoder = [Conv(3, widths[0])], middle()
         for i, (s, t) in enumerate(strides):
             encoder += [*stage(i), Down(widths[i], widths[i + 1], s, t)]
-        middle = lambda c: [ResBlock(c), PixelAttention(c), ResBlock(c)]
-        encoder += [*middle(widths[-1]), FrameNorm(8, widths[-1]), nn.SiLU(), Conv(widths[-1], 2 * channels)]
-        decoder += middle(widths[-1])
         for i, (s, t) in reversed(list(enumerate(strides))):
             decoder += [Up(widths[i + 1], widths[i], s, t), *stage(i)]
-        decoder += [FrameNorm(8, widths[0]), nn.SiLU(), Conv(widths[0], 3)]
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
-        with torch.no_grad():
-            self.encoder[-1].time.bias[channels:] = -6                          # log-variance: nearly no noise until the means mean something
+        self.encoder, self.to_latent = nn.Sequential(*encoder, *middle()), end(widths[-1], 2 * channels)
+        self.from_latent, self.decoder = Conv(channels, widths[-1]), nn.Sequential(*decoder, end(widths[0], 3))
         self.register_buffer("statistics", torch.tensor([0.0, 1.0])[None, :, None].repeat(2, 1, channels))
+        self.init()
+
+    @torch.no_grad()
+    def init(self):
+        init_matrices(self)
+        for m in self.modules():
+            if isinstance(m, Conv):
+                nn.init.zeros_(m.space.bias)
+                nn.init.dirac_(m.time.weight)                                   # the identity: the net starts as an image autoencoder
+                nn.init.zeros_(m.time.bias)
+        for m in self.modules():                                                # residual branches start at zero
+            if isinstance(m, ResBlock):
+                nn.init.zeros_(m.conv2.space.weight)
+            if isinstance(m, PixelAttention):
+                nn.init.zeros_(m.space.out.weight)
+                nn.init.zeros_(m.time.out.weight)
+        self.to_latent[-1].time.bias[self.channels:] = -6                       # log-variance: hardly any noise before the means say something
 
     def moments(self, video):
         """video (B, 3, T, H, W) -> mean and log-variance of the posterior, each (B, C, T', H', W'), not normalised."""
         if video.shape[-2] % self.spatial or video.shape[-1] % self.spatial:
             raise ValueError(f"TAE: found {video.shape[-1]}x{video.shape[-2]} pixels, expected multiples of {self.spatial}")
-        mean, logvar = self.encoder(video).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        h = self.encoder(video.contiguous(memory_format=torch.channels_last_3d))                # (B, D, T', H', W')
+        mean, logvar = self.to_latent(h).chunk(2, dim=1)                        # (B, C, T', H', W') each
+        return mean + h.unflatten(1, (self.channels, -1)).mean(2), logvar.clamp(-30, 20)        # the same shortcut as in Down
+
+    def reconstruct(self, latent):
+        """Latent (B, C, T', H', W'), not normalised -> video (B, 3, temporal T', H, W)."""
+        copies = self.from_latent.time.out_channels // self.channels
+        return self.decoder(self.from_latent(latent) + latent.repeat_interleave(copies, dim=1)) # the same shortcut as in Up
 
     def scale(self, motion):
         return self.statistics[int(motion), :, :, None, None, None]             # mean, std: each (C, 1, 1, 1)
@@ -379,9 +396,9 @@ class TAE(nn.Module):
         mean, std = self.scale(motion)
         latent = latent * std + mean
         size, hop = self.tile // self.temporal, self.tile // self.temporal // 2
-        video = self.decoder(latent[:, :, :size])
+        video = self.reconstruct(latent[:, :, :size])
         for start in range(hop, latent.shape[2] - hop, hop):                    # each tile begins in the middle of the last
-            new = self.decoder(latent[:, :, start:start + size])
+            new = self.reconstruct(latent[:, :, start:start + size])
             overlap = video.shape[2] - start * self.temporal
             weight = (torch.arange(overlap, device=video.device, dtype=video.dtype) + 0.5)[:, None, None] / overlap
             blend = torch.lerp(video[:, :, -overlap:], new[:, :, :overlap], weight)

@@ -177,7 +177,8 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
             raise ValueError(f"{stage}: the loss or its gradient is not finite at step {step}; nothing was saved, the last state is "
                              f"{state_path if state_path.exists() else 'none'}; lower {stage}.lr or set another seed")
         # ---- update
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / (config["warmup"] + 1))
+        rise, fall = (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1)
+        optimizer.param_groups[0]["lr"] = lr * min(1, rise, fall)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(config["ema"], (1 + step) / (10 + step))                    # warm-up, or the average would be the noise of the start
@@ -238,7 +239,7 @@ def tae_loss(video, tae, config, noise):
     """L1 + l2 MSE + a small KL + the outlier penalty; video (B, 3, T, H, W) -> (B,) reconstruction and regulariser."""
     c = config["tae"]
     mean, logvar = tae.moments(video)
-    again = tae.decoder(mean + (0.5 * logvar).exp() * noise)[:, :, :video.shape[2]]
+    again = tae.reconstruct(mean + (0.5 * logvar).exp() * noise)[:, :, :video.shape[2]]
     error = (again - video).float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
     m, s = mean.mean((2, 3, 4), keepdim=True), mean.std((2, 3, 4), keepdim=True)
@@ -258,7 +259,7 @@ def train_tae(config, clips, device):
         painted = torch.tensor([row % 2 == 1 for row in rows], device=device)
         video = torch.where(per_clip(painted, got["video"]), flow.flow_to_rgb(got["flow"], sigma), got["video"])
         noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
-        rec, reg, error = tae_loss(video.contiguous(memory_format=torch.channels_last_3d), tae, config, noise)
+        rec, reg, error = tae_loss(video, tae, config, noise)
         square = error.detach().square().flatten(1).mean(1)
         scalars = dict(loss=(rec + reg).sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows))))
         return (rec + reg).mean(), scalars, {}

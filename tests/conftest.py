@@ -1,0 +1,36 @@
+"""What the test files share: the repository on the path, one thread, a config that trains in seconds, one trained run."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+# Every size and every number of steps is given, so that no test depends on a default that is still being tuned.
+TINY = ["device=cpu", "frames=8", "height=16", "width=16", "fps=8", "batch=4", "micro_batch=0", "data.cache=8", "data.root=",
+        "flow.sigma=0.1", "world.texture=0", "tae.steps=2", "tae.batch=2", "tae.lr=1e-3", "tae.channels=4", "tae.widths=[8,8,16]",
+        "tae.blocks=[0,0]", "tae.spatial=4", "tae.temporal=4", "tae.tile=8", "text.dim=16", "text.depth=1", "text.heads=2",
+        "text.length=96", "dit.dim=32", "dit.depth=2", "dit.heads=2", "dit.hidden=64", "dit.patch=2", "base.steps=2", "base.lr=1e-3",
+        "videojam.steps=2", "videojam.lr=1e-3", "warmup=0", "cooldown=0", "sample.steps=4", "sample.emulated=20", "log_every=1", "save_every=1",
+        "sample_every=0"]
+
+
+def command(*args, **env):
+    """A command of the README in a process of its own: (exit status, stdout, stderr)."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **env}
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """python train.py with tiny arguments, all four stages: (run folder, stdout). Nobody writes into it afterwards."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    status, out, err = command("train.py", *TINY, f"run={run}", "stages=tae,base,control,videojam")
+    assert status == 0, err
+    return run, out
