@@ -76,9 +76,9 @@ HELD_OUT = {(color, shape, motion) for m, motion in enumerate(MOTIONS) for c, co
 # Words: drawing them, saying them, reading them
 
 
-def draw_words(rng, split, texture):
-    """What a caption can say: kind, motion, speed, objects (the named one first), camera. Half the clips are basic."""
-    kind = ("basic", "basic", "basic", "complex", "rotational", "physics")[rng.integers(6)]
+def draw_words(rng, split, texture, basic=0.5):
+    """What a caption can say: kind, motion, speed, objects (the named one first), camera. `basic` is that kind's share."""
+    kind = "basic" if rng.random() < basic else ("complex", "rotational", "physics")[rng.integers(3)]
     motion = KINDS[kind][rng.integers(len(KINDS[kind]))]
     basic, objects = kind == "basic", [_draw_object(rng)]
     while split == "train" and (*objects[0].values(), motion) in HELD_OUT:
@@ -372,18 +372,18 @@ class MovingShapes:
     A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip.
     """
 
-    def __init__(self, frames, height, width, seed=0, split="train", texture=0.0, size=1.0):
+    def __init__(self, frames, height, width, seed=0, split="train", texture=0.0, size=1.0, basic=0.5):
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
         if frames < 1 or min(height, width) < 16:
             raise ValueError(f"{frames} frames of {height}x{width} is too small: ask for at least 1 frame of 16x16")
         self.split, self.rng_key, self.texture = split, [seed, SPLITS.index(split)], texture
-        self.shape, self.size = (frames, height, width), size
+        self.shape, self.size, self.basic = (frames, height, width), size, basic
 
     def spec(self, i):
         """The spec of clip i, without its pixels."""
         rng = np.random.default_rng([*self.rng_key, i])
-        return complete(draw_words(rng, self.split, self.texture), *self.shape, rng, self.texture, self.size)
+        return complete(draw_words(rng, self.split, self.texture, self.basic), *self.shape, rng, self.texture, self.size)
 
     def batch(self, indices, device="cpu"):
         """The clips of the indices: video (B, 3, T, H, W), flow (B, 2, T, H, W), lists of captions and of specs."""
@@ -630,7 +630,9 @@ def open_data(config, split="train", device="cpu"):
     """The config's data set: the embedded world's split, or the folder data.root, whose flow is kept in <run>/flow."""
     size, world = (config["frames"], config["height"], config["width"]), config["world"]
     if not config["data"]["root"]:
-        return MovingShapes(*size, config["seed"], split, world["texture"], world["size"])
+        return MovingShapes(*size, config["seed"], split, world["texture"], world["size"], world["basic"])
+    if not Path(config["data"]["root"]).is_dir():  # before RAFT is fetched
+        raise FileNotFoundError(f"found nothing at {config['data']['root']}, expected a folder of videos: correct data.root")
     raft = load_raft(None if config["flow"]["weights"] else "large", config["flow"]["weights"] or None).to(device)
     return VideoFolder(config["data"]["root"], *size, config["fps"], Path(config["run"], "flow"), raft)
 

@@ -11,6 +11,7 @@ Letters: B batch, C latent channels, T H W latent frames, height, width (of pixe
 D width of the net, L text tokens, t flow-matching time in [0, 1] (0 noise, 1 data).
 """
 import difflib
+import hashlib
 import math
 import pathlib
 import warnings
@@ -120,8 +121,8 @@ class RandomText(nn.Module):
     def forward(self, prompts):
         features = []
         for k, width in enumerate(self.widths):
-            rows = [torch.randn(self.length, width, generator=torch.Generator().manual_seed(
-                int.from_bytes(f"{k} {prompt}".encode()[-8:], "big") >> 1)) for prompt in prompts]
+            seeds = [int.from_bytes(hashlib.blake2b(f"{k} {prompt}".encode(), digest_size=7).digest(), "big") for prompt in prompts]
+            rows = [torch.randn(self.length, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
             features.append(torch.stack(rows).to(self.where.device))
         masks = [torch.ones(len(prompts), self.length, dtype=torch.bool, device=self.where.device) for _ in self.widths]
         return features, masks
@@ -249,27 +250,19 @@ class Conv(nn.Module):
         x = self.space(x.transpose(1, 2).flatten(0, 1))                         # (B T, c_out, H', W')
         H, W = x.shape[2:]
         x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(3)                  # (B, c_out, T, H'W')
-        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)                    # symmetric replication, not causal
+        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)                    # (B, c_out, T+2, H'W'), ends replicated, not causal
         return self.time(x).unflatten(3, (H, W))                                # (B, c_out, T', H', W')
 
 
-class FrameNorm(nn.GroupNorm):
-    """GroupNorm within each frame: no statistic crosses frames, so a tile of a clip is encoded like the clip."""
-
-    def forward(self, x):
-        y = super().forward(x.transpose(1, 2).flatten(0, 1))                    # (B T, C, H, W)
-        return y.unflatten(0, (len(x), -1)).transpose(1, 2)
-
-
 class ResBlock(nn.Module):
+    """Two convolutions around the identity. No norm: a frame's grey level is part of the picture, and no statistic crosses a tile's border."""
+
     def __init__(self, dim):
         super().__init__()
-        self.norm1, self.norm2 = FrameNorm(8, dim), FrameNorm(8, dim)
         self.conv1, self.conv2 = Conv(dim, dim), Conv(dim, dim)
 
     def forward(self, x):
-        y = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(y)))
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
 class PixelAttention(nn.Module):
@@ -337,10 +330,13 @@ class TAE(nn.Module):
             raise ValueError(f"TAE: found a last width of {widths[-1]} and {channels} latent channels, expected a multiple")
         if math.prod(s for s, _ in strides) != spatial or math.prod(t for _, t in strides) != temporal:
             raise ValueError(f"TAE: found factors {spatial} and {temporal} with {levels + 1} widths, expected powers of two up to {2 ** levels}")
+        for i, (s, t) in enumerate(strides):
+            if widths[i] * s * s * t % widths[i + 1]:
+                raise ValueError(f"TAE: found widths {widths[i]}, {widths[i + 1]}, expected the second to divide {widths[i] * s * s * t}, a cell of the first (the shortcuts)")
         self.channels, self.spatial, self.temporal, self.tile = channels, spatial, temporal, tile
         stage = lambda i: [ResBlock(widths[i]) for _ in range(blocks[i])]
         middle = lambda: [ResBlock(widths[-1]), PixelAttention(widths[-1]), ResBlock(widths[-1])]
-        end = lambda c, c_out: nn.Sequential(FrameNorm(8, c), nn.SiLU(), Conv(c, c_out))
+        end = lambda c, c_out: nn.Sequential(nn.SiLU(), Conv(c, c_out))
         encoder, decoder = [Conv(3, widths[0])], middle()
         for i, (s, t) in enumerate(strides):
             encoder += [*stage(i), Down(widths[i], widths[i + 1], s, t)]
@@ -381,7 +377,7 @@ class TAE(nn.Module):
         return self.decoder(self.from_latent(latent) + latent.repeat_interleave(copies, dim=1)) # the same shortcut as in Up
 
     def scale(self, motion):
-        return self.statistics[int(motion), :, :, None, None, None]             # mean, std: each (C, 1, 1, 1)
+        return self.statistics[int(motion), :, :, None, None, None]             # 2 x (C, 1, 1, 1): mean and std
 
     def encode(self, video, motion=False):
         """video (B, 3, T, H, W) -> normalised latent (B, C, ceil(T/temporal), H/spatial, W/spatial), tile by tile."""
@@ -446,7 +442,10 @@ def load_config(overrides=()):
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"{text!r} is no key=value pair; example: preset=small dit.depth=8")
-        pairs.append((key.strip(), yaml.safe_load(value) if value.strip() else ""))
+        try:
+            pairs.append((key.strip(), yaml.safe_load(value) if value.strip() else ""))
+        except yaml.YAMLError:
+            raise ValueError(f"command line: {text!r} is no value that YAML reads; quote it") from None
     preset = str(dict(pairs).get("preset", config["preset"]))
     if preset not in presets:
         raise ValueError(f"preset={preset}: unknown, expected one of {', '.join(presets)}")
@@ -467,16 +466,22 @@ def check(config):
     tae, dit = config["tae"], config["dit"]
     for key, value in flatten(config).items():
         need(not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
-    for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch"):
+    for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.length", "log_every", "save_every"):
         need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
+    for key in ("drop_text", "drop_motion", "ema", "cooldown"):
+        need(config[key] <= 1, f"{key}={config[key]}, expected at most 1")
+    need(config["sample"]["steps"] >= 2, f"sample.steps={config['sample']['steps']}, expected at least 2")
+    need(config["stages"].strip(" ,"), f"stages={config['stages']!r}, expected some of tae, base, control, videojam")
+    need(all(type(n) is int for n in tae["widths"] + tae["blocks"]), f"tae.widths={tae['widths']}, tae.blocks={tae['blocks']}, expected whole numbers")
     cell = tae["spatial"] * dit["patch"]
     for key in ("height", "width"):
         need(config[key] % cell == 0, f"{key}={config[key]} does not divide by tae.spatial x dit.patch = {tae['spatial']} x {dit['patch']} = {cell}")
     need(dit["dim"] % dit["heads"] == 0, f"dit.dim={dit['dim']} does not divide by dit.heads={dit['heads']}")
     need(config["text"]["dim"] % config["text"]["heads"] == 0, f"text.dim={config['text']['dim']} does not divide by text.heads={config['text']['heads']}")
     need(tae["tile"] % (2 * tae["temporal"]) == 0, f"tae.tile={tae['tile']} does not divide by 2 x tae.temporal = {2 * tae['temporal']}")
-    need(all(width % 8 == 0 for width in tae["widths"]), f"tae.widths={tae['widths']}, expected multiples of 8 (the groups of GroupNorm)")
     need(len(tae["blocks"]) == len(tae["widths"]) - 1, f"tae.blocks={tae['blocks']}, expected one number fewer than tae.widths={tae['widths']}")
+    with torch.device("meta"):                                                  # its constructor knows what fits together
+        build_tae(config)
     need(config["guide_motion"] in ("text", "literal"), f"guide_motion={config['guide_motion']}, expected text or literal")
 
 

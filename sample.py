@@ -83,6 +83,8 @@ def read_weights(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # torch raises half a dozen types here
         raise ValueError(f"{path} is no readable weights file ({type(error).__name__}); delete it and train the {path.stem} again") from error
+    if not isinstance(saved, dict) or not {"weights", "checksum", "step"} <= saved.keys():
+        raise ValueError(f"{path} is no weights file of train.py; delete it and train the {path.stem} again")
     if checksum(saved["weights"]) != saved["checksum"]:
         raise ValueError(f"{path} is damaged: its checksum does not match; delete it and train the {path.stem} again")
     return saved
@@ -102,7 +104,10 @@ def load_into(net, weights, path):
 def find_device(wish=""):
     """The wish, or cuda, else mps, else cpu."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(wish or found)
+    try:
+        return torch.device(wish or found)
+    except RuntimeError:
+        raise ValueError(f"device={wish}: unknown, expected cuda, mps or cpu") from None
 
 
 def load_run(run, stage="videojam", device=""):
@@ -225,6 +230,8 @@ def write_video(path, video, fps, motion=None, least=256):
     """Write an H.264 mp4 that browsers play, or a gif, by the name's ending; the motion picture to the right of the appearance."""
     frames = np.concatenate([enlarge(to_uint8(v), least) for v in (video, motion) if v is not None], axis=2)
     path = pathlib.Path(path)
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: unknown ending, expected .mp4 or .gif")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         imageio.v3.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
@@ -274,10 +281,10 @@ def reconstruct(model, video, rgb):
     return there_and_back(video, False), there_and_back(rgb, True)
 
 
-def tae_report(model, clips=64):
+def tae_report(model, clips=64, straight=False):
     """PSNR of appearance, and the end-point error on moving pixels of motion pictures read back, as a share of their mean speed."""
     world = data.open_data(model.config, "test")
-    batch = world.batch(range(clips))
+    batch = world.of_prompts(data.STRAIGHT) if straight else world.batch(range(clips))
     sigma = model.config["flow"]["sigma"]
     rgb = flow.flow_to_rgb(batch["flow"], sigma)
     video2, rgb2 = reconstruct(model, batch["video"], rgb)
@@ -356,7 +363,7 @@ def main(argv=None):
         return report(model, options)
     prompts = list(a.prompt)
     if a.prompts:
-        if not pathlib.Path(a.prompts).exists():
+        if not pathlib.Path(a.prompts).is_file():
             raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
         prompts += [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
     if not prompts:
@@ -382,7 +389,7 @@ def main(argv=None):
         path = out if one else out.with_stem(f"{out.stem}-{n}") if out.suffix else out / f"{a.stage}-{slug(prompt)}-{seeds[n]}.mp4"
         write_video(path, video[n], fps, None if motion is None else motion[n])
         write_sheet(path.with_suffix(".png"), interleave(video[n:n + 1], None if motion is None else motion[n:n + 1]))
-        path.with_suffix(".json").write_text(json.dumps({"prompt": prompt, **settings, "seed": seeds[n]}, indent=1))
+        path.with_suffix(".json").write_text(json.dumps({**settings, "prompt": prompt, "seed": seeds[n]}, indent=1))
         print(f"{path} and its .png sheet and .json settings")
 
 

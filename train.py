@@ -23,6 +23,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
@@ -139,7 +140,10 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
     ema = {name: w.detach().clone() for name, w in net.state_dict().items()}
     step, state_path = 0, run / f"{stage}.state.pt"
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        try:
+            state = torch.load(state_path, map_location=device, weights_only=True)
+        except Exception as error:                                              # torch raises half a dozen types here
+            raise ValueError(f"{state_path} is damaged ({type(error).__name__}): delete it, {stage} then starts again") from error
         if state["parent"] != parent:
             raise ValueError(f"{state_path} was trained on another {'base' if stage != 'base' else 'tae'} than the one in {run}: delete it, or take a new run folder")
         sample.load_into(net, state["net"], state_path)
@@ -148,7 +152,6 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
         print0(f"{stage}: resumed at step {step}")
     rows = list(range(RANK, batch, WORLD))                                      # this rank's share of the global batch
     micro = config["micro_batch"] or len(rows)
-    autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16(device) else contextlib.nullcontext()
     print0(f"{stage}: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x "
            f"{-(-len(rows) // micro)} micro-batches x {min(micro, len(rows))} clips")
     bar = tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True)
@@ -158,7 +161,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
         logs = {}
         for i in range(0, len(rows), micro):
             part = rows[i:i + micro]
-            with autocast:
+            with precision(config, device):
                 loss, scalars, bins = loss_of(step, part)
             (loss * len(part) / batch).backward()
             for name, value in scalars.items():
@@ -210,8 +213,22 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
     return net.eval().requires_grad_(False), weights
 
 
-def use_bf16(device):
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+def use_bf16(config, device):
+    """bf16 where the hardware multiplies it faster: CUDA GPUs from Ampere on, x86 CPUs with AVX512-BF16."""
+    if config["precision"] != "auto":
+        return config["precision"] == "bf16"
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+@contextlib.contextmanager
+def precision(config, device):
+    """Autocast to bf16 where it pays; weights, gradients, optimizer and loss stay in fp32."""
+    with contextlib.ExitStack() as stack:
+        if use_bf16(config, device):
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":                                            # its flash kernel is slow in bf16, and tokens are few here
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def log_line(run, stage, step, sums, tenths, lr, norm, seconds, steps):
@@ -372,8 +389,18 @@ def write_samples(config, stage, net, tae, device, step):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def prepare_run(config):
-    """Make the run folder, or refuse one that was made with another config."""
+def plan(config):
+    """plan=true: the sizes, counted without memory."""
+    count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6
+    with torch.device("meta"):
+        tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion=True)
+    C, T, H, W = nets.latent_size(config)
+    print0(f"latents {C} x {T} x {H} x {W}, {T * H * W // config['dit']['patch'] ** 2} tokens; "
+           f"parameters: TAE {count(tae):.2f} M, text {count(text):.2f} M, DiT with motion {count(dit):.2f} M")
+
+
+def prepare_run(config, device):
+    """Open the data, then make the run folder, or refuse one that was made with another config."""
     run = pathlib.Path(config["run"])
     path = run / "config.json"
     if path.exists():
@@ -381,11 +408,13 @@ def prepare_run(config):
         for key in new:
             if key not in MAY_CHANGE and old.get(key) != new[key]:
                 raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={new[key]!r}: give the old value, or another run=folder")
+    clips = data.open_data(config, "train", device)                             # a wrong data.root leaves no run folder behind
     barrier()
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config, indent=1))
     barrier()
+    return clips
 
 
 def done(config, stage):
@@ -400,6 +429,8 @@ def main(argv=None):
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(f"stages={config['stages']}: unknown stage {stage!r}, expected some of {', '.join(STAGES)}")
+    if config["plan"]:
+        return plan(config)
     if WORLD > min(config["batch"], config["tae"]["batch"]):
         raise ValueError(f"{WORLD} ranks for a global batch of {min(config['batch'], config['tae']['batch'])} clips: expected at most one rank per clip")
     device = sample.find_device(config["device"])
@@ -410,10 +441,9 @@ def main(argv=None):
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     start = time.time()
-    prepare_run(config)
-    precision = "bf16 autocast: this GPU has it" if use_bf16(device) else f"fp32: bf16 pays on GPUs that have it, this is {device.type}"
-    print0(f"run {config['run']}, device {device}, {precision}")
-    clips, latents = data.open_data(config, "train", device), None
+    clips, latents = prepare_run(config, device), None
+    print0(f"run {config['run']}, device {device}, " + ("bf16 autocast, which this hardware multiplies faster (precision=fp32 turns it off)"
+           if use_bf16(config, device) else "fp32, because bf16 is not faster on this hardware (precision=bf16 forces it)"))
     for stage in stages:
         if done(config, stage):
             print0(f"{stage}: already in {config['run']}, skipped")

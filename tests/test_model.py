@@ -111,7 +111,7 @@ def test_numbers_are_read_as_floats(text, number):
     ("base.steps=-1", "base.steps=-1 is negative"),
     # numbers that would only fail after minutes of training, or with a traceback
     ("tae.widths=[16,a,64]", "tae.widths"),
-    ("tae.widths=[16,32,72]", "tae.widths"),
+    ("tae.widths=[16,32,72]", "72"),
     ("tae.spatial=16 height=64 width=64", "16"),
     ("tae.spatial=3 height=96 width=96", "3"),
     ("log_every=0", "log_every=0"),
