@@ -178,7 +178,7 @@ class DiT(nn.Module):
     def init(self):
         init_matrices(self)
         for position in (self.pos_t, self.pos_h, self.pos_w):
-            nn.init.normal_(position, std=0.02)
+            nn.init.normal_(position, std=0.2)                                  # beside tokens of size 1: 0.02 stays unseen for hundreds of steps
         # The net starts as the zero function and every block as the identity: gates, cross-attention and W_out are zero.
         for zero in [self.modulation, self.patch_out, *(block.cross.out for block in self.blocks)]:
             nn.init.zeros_(zero.weight)

@@ -19,6 +19,7 @@ import os
 import pathlib
 import sys
 import time
+import types
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
+LONGER = "run=runs/hour tae.steps=6000 base.steps=2500 videojam.steps=7000"
 MAY_CHANGE = ("stages", "device", "plan", "run", "micro_batch", "log_every", "save_every", "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
@@ -136,7 +138,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
     run = pathlib.Path(config["run"])
     net = nn.ModuleDict(parts).to(device).train()
     params = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
     ema = {name: w.detach().clone() for name, w in net.state_dict().items()}
     step, state_path = 0, run / f"{stage}.state.pt"
     if state_path.exists():
@@ -278,13 +280,22 @@ def train_tae(config, clips, device):
         noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
         rec, reg, error = tae_loss(video, tae, config, noise)
         square = error.detach().square().flatten(1).mean(1)
-        scalars = dict(loss=(rec + reg).sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows))))
-        return (rec + reg).mean(), scalars, {}
+        loss = torch.where(painted, config["tae"]["motion"], 1.0) * rec + reg
+        scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows))))
+        return loss.mean(), scalars, {}
 
     net, weights = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"], device)
     tae = net["tae"]
     tae.statistics.copy_(measure_statistics(tae, clips, config, device))        # choice 3: measured once, stored with the weights
     finish(config, "tae", tae, {name: w.cpu() for name, w in tae.state_dict().items()}, config["tae"]["steps"])
+    if RANK == 0:                                                               # look: three clips and below each what the TAE makes of it
+        got = clips.batch(range(min(3, n or 3)), device)
+        pairs = [(got["video"], False), (flow.flow_to_rgb(got["flow"], sigma), True)]
+        with torch.no_grad():
+            columns = [(v, tae.decode(tae.encode(v, m), v.shape[2], m)) for v, m in pairs]
+        path = pathlib.Path(config["run"]) / "samples" / "reconstruction.png"
+        sample.write_sheet(path, [clip[i] for i in range(len(got["video"])) for column in columns for clip in column])
+        print0(f"tae: {path}: clip, reconstruction, motion, reconstruction")
 
 
 @torch.no_grad()
@@ -378,13 +389,15 @@ def train_dit(config, stage, latents, device):
 
 
 def write_samples(config, stage, net, tae, device, step):
-    """A sheet of four held-out prompts, appearance and below it motion, in <run>/samples."""
-    import types
-    model = types.SimpleNamespace(config=config, tae=tae, text=net["text"], dit=net["dit"], motion=net["dit"].motion_in is not None,
-                                  device=device, stage=stage, run=pathlib.Path(config["run"]))
-    prompts = data.open_data(config, "test").prompts()[:4]
-    video, motion = sample.generate(model, prompts, range(len(prompts)), bar=False)
-    sample.write_sheet(model.run / "samples" / f"{stage}-{step}.png", sample.interleave(video, motion))
+    """Four held-out prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance."""
+    model = types.SimpleNamespace(config=config, tae=tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=device)
+    prompts = data.open_data(config, "test", device).prompts()[:4]
+    video, motion = sample.generate(model, prompts, range(len(prompts)))
+    path = pathlib.Path(config["run"]) / "samples" / f"{stage}-{step}.png"
+    sample.write_sheet(path, sample.interleave(video, motion))
+    stack = lambda clips: None if clips is None else torch.cat(list(clips), dim=2)              # one below the other
+    sample.write_video(path.with_suffix(".mp4"), stack(video), config["fps"], stack(motion), least=128 * len(prompts))
+    print0(f"{stage}: {path} and .mp4: " + " | ".join(prompts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,8 +432,13 @@ def prepare_run(config, device):
 
 def done(config, stage):
     """Is this stage's result in the run folder, at least as long as asked for?"""
-    path = pathlib.Path(config["run"]) / f"{stage}.pt"
-    return path.exists() and sample.read_weights(path)["step"] >= config["videojam" if stage == "control" else stage]["steps"]
+    run, before = pathlib.Path(config["run"]), {"tae": None, "base": "tae"}.get(stage, "base")
+    if not (run / f"{stage}.pt").exists():
+        return False
+    saved = sample.read_weights(run / f"{stage}.pt")
+    if before and (run / f"{before}.pt").exists() and saved["parent"] != sample.read_weights(run / f"{before}.pt")["checksum"]:
+        raise ValueError(f"{run / stage}.pt was trained on another {before}.pt than the one beside it: delete {stage}.*, or take a new run folder")
+    return saved["step"] >= config["videojam" if stage == "control" else stage]["steps"]
 
 
 def main(argv=None):
@@ -467,13 +485,18 @@ def main(argv=None):
 
 
 def finale(config, stages):
-    """Sample clips, the report, and the next commands."""
-    run = config["run"]
-    if stages[-1] == "tae":
-        return
-    model = sample.load_run(run, stages[-1], config["device"])
-    if not config["data"]["root"]:
-        sample.report(model)
+    """The numbers, read from pixels, and what to do next."""
+    run, stage = config["run"], stages[-1]
+    if stage != "tae" and not config["data"]["root"]:
+        sample.report(sample.load_run(run, stage, config["device"]))
+    where = "" if run == "runs/tiny" else f" --run {run}"
+    print0(f"\nLook at {run}/samples. Next:")
+    if stage != "tae":
+        option = "" if stage == "videojam" else f" --stage {stage}"
+        prompt = data.STRAIGHT[0] if not config["data"]["root"] else "a caption of your own"
+        print0(f'  python sample.py "{prompt}"{where}{option}')
+    if config["preset"] == "tiny" and not config["data"]["root"]:
+        print0(f"  python train.py {LONGER}   # an hour on 2 cores: sharper, with recognisable shapes")
 
 
 if __name__ == "__main__":
