@@ -305,6 +305,14 @@ def read_clips(videos, prompts):
     return colour, direction
 
 
+def read_motion(rgb, prompts, sigma):
+    """How many motion pictures (B, 3, T, H, W) name the prompt's direction: that of their flow, averaged with the speed as weight."""
+    d = flow.rgb_to_flow(rgb, sigma)                                            # (B, 2, T, H, W)
+    u, v = (d * d.norm(dim=1, keepdim=True)).mean((2, 3, 4)).unbind(1)
+    angles = torch.rad2deg(torch.atan2(v, u)).tolist()
+    return sum(data.nearest_direction(angle) == data.parse(prompt)["motion"] for angle, prompt in zip(angles, prompts))
+
+
 def report(model, **options):
     """Measure a run of the embedded world; prints the tables, writes report-<stage>.json and .png, returns the numbers."""
     c, prompts = model.config, data.STRAIGHT
@@ -324,7 +332,12 @@ def report(model, **options):
         numbers[name.split()[0]] = {what: hit / len(prompts) for what, hit in hits.items()}
         cell = lambda hit: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hit / len(prompts), *interval(hit, len(prompts)))
         print(f"  {name:<54}" + "".join(f"{cell(hit):<22}" for hit in hits.values()))
-    write_sheet(model.run / f"report-{model.stage}.png", interleave(video[::8], None if motion is None else motion[::8]))
+    if motion is not None:                                                      # what the model says of its own clips
+        right = read_motion(motion, prompts, c["flow"]["sigma"])
+        numbers["motion_pictures"] = {"direction": right / len(prompts)}
+        print(f"  {'their motion pictures, read back':<76}{100 * right / len(prompts):5.1f} % [{{:.0f}}, {{:.0f}}]".format(*interval(right, len(prompts))))
+    numbers["sheet"] = prompts[::9]
+    write_sheet(model.run / f"report-{model.stage}.png", interleave(video[::9], None if motion is None else motion[::9]))      # every direction once
     (model.run / f"report-{model.stage}.json").write_text(json.dumps(numbers, indent=1))
     return numbers
 

@@ -33,7 +33,7 @@ import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
-LONGER = "run=runs/hour tae.steps=6000 base.steps=2500 videojam.steps=7000"
+LONGER = "run=runs/hour data.cache=20000 tae.steps=8000 base.steps=4000 videojam.steps=13000"
 MAY_CHANGE = ("stages", "device", "plan", "run", "micro_batch", "log_every", "save_every", "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
@@ -138,7 +138,9 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
     run = pathlib.Path(config["run"])
     net = nn.ModuleDict(parts).to(device).train()
     params = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
+    shares = {"text": config["text"]["lr"]}                                     # an embedding of bytes forgets its text at the DiT's rate
+    groups = [dict(params=list(part.parameters()), share=shares.get(name, 1.0)) for name, part in net.items() if list(part.parameters())]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
     ema = {name: w.detach().clone() for name, w in net.state_dict().items()}
     step, state_path = 0, run / f"{stage}.state.pt"
     if state_path.exists():
@@ -183,7 +185,8 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
                              f"{state_path if state_path.exists() else 'none'}; lower {stage}.lr or set another seed")
         # ---- update
         rise, fall = (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1)
-        optimizer.param_groups[0]["lr"] = lr * min(1, rise, fall)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"] * min(1, rise, fall)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(config["ema"], (1 + step) / (10 + step))                    # warm-up, or the average would be the noise of the start
@@ -198,7 +201,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
         if step % config["log_every"] == 0 or step == steps:
             sum_over_ranks(list(tenths.values()))
             if RANK == 0:
-                log_line(run, stage, step, sums, tenths, lr=optimizer.param_groups[0]["lr"], norm=norm, seconds=time.time() - clock, steps=step - since)
+                log_line(run, stage, step, sums, tenths, lr=lr * min(1, rise, fall), norm=norm, seconds=time.time() - clock, steps=step - since)
             sums, tenths, clock, since = {}, {}, time.time(), step
         if step % config["save_every"] == 0 or step == steps:
             save(state_path, dict(net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), step=step, parent=parent))
@@ -496,7 +499,7 @@ def finale(config, stages):
         prompt = data.STRAIGHT[0] if not config["data"]["root"] else "a caption of your own"
         print0(f'  python sample.py "{prompt}"{where}{option}')
     if config["preset"] == "tiny" and not config["data"]["root"]:
-        print0(f"  python train.py {LONGER}   # an hour on 2 cores: sharper, with recognisable shapes")
+        print0(f"  python train.py {LONGER}   # about an hour on 2 cores")
 
 
 if __name__ == "__main__":
