@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+import data
+
 import flow
 from conftest import ROOT, TINY, command
 
@@ -68,7 +70,7 @@ def test_train_leaves_weights_samples_and_a_report(trained):
     assert any("base" in name for name in sheets) and any("videojam" in name for name in sheets)
     assert all(iio.imread(run / "samples" / name).ndim == 3 for name in sheets)
     numbers = json.loads((run / "report-videojam.json").read_text())
-    assert numbers["prompts"] >= 64 and numbers["direction ground truth"] > 0.95 and numbers["colour ground truth"] > 0.95
+    assert len(data.STRAIGHT) >= 64 and numbers["ground"]["direction"] > 0.95 and numbers["ground"]["colour"] > 0.95
     for words in ("dB", "end-point error", "ground truth", "reconstructions", "samples of videojam", "colour", "direction"):
         assert words in out, words
     assert not {"nan"} & set(out.lower().split())

@@ -104,7 +104,7 @@ def test_numbers_are_read_as_floats(text, number):
     ("dit.dim=100 dit.heads=3", "dit.dim=100 does not divide by dit.heads=3"),
     ("text.dim=100 text.heads=3", "text.dim=100 does not divide by text.heads=3"),
     ("tae.temporal=4 tae.tile=12", "tae.tile=12 does not divide by 2 x tae.temporal = 8"),
-    ("tae.widths=[16,36,64]", "tae.widths=[16, 36, 64]"),
+    ("tae.widths=[16,36,64]", "widths 16, 36"),
     ("tae.blocks=[1,1,1] tae.widths=[16,32,64]", "tae.blocks"),
     ("guide_motion=maybe", "guide_motion=maybe, expected text or literal"),
     ("frames=0", "frames=0, expected at least 1"),
@@ -537,10 +537,10 @@ def test_tiles_agree_with_the_whole_clip():
     tae.tile = 160
     tiled, decoded = tae.encode(video), tae.decode(whole, 320)
     gap = (tiled - whole).abs().amax((0, 1, 3, 4))                               # seam between latents 39 and 40
-    assert gap[:31].max() < 1e-5 and gap[49:].max() < 1e-5 and gap[38:42].max() > 1e-4
+    assert gap[:31].max() < 1e-4 and gap[49:].max() < 1e-4 and gap[38:42].max() > 1e-3
     gap = (decoded - video2).abs().amax((0, 1, 3, 4)).view(80, 4).amax(1)        # tiles start at latents 0, 20, 40
-    assert gap[:20].max() < 1e-5 and gap[29:31].max() < 1e-5 and gap[49:51].max() < 1e-5 and gap[60:].max() < 1e-5
-    assert gap.max() > 1e-4
+    assert gap[:20].max() < 1e-4 and gap[29:31].max() < 1e-4 and gap[49:51].max() < 1e-4 and gap[60:].max() < 1e-4
+    assert gap.max() > 1e-3
 
 
 # ---- Shape comments are executed ------------------------------------------------------------------------------------
@@ -822,7 +822,7 @@ def test_shape_comments_of_the_networks():
     text = dict(B=2, L=L, D=12, heads=2)
     known = {"Attention.forward": {"B": 2}, "ByteText.forward": text, "Block.forward": dit, "DiT.forward": dit,
              "DiT.patchify": dit, "DiT.unpatchify": dit}
-    tae = {"Conv.forward": {}, "FrameNorm.forward": {}, "Down.forward": {}, "Up.forward": {}, "TAE.scale": {}, "TAE.moments": {}}
+    tae = {"Conv.forward": {}, "Down.forward": {}, "Up.forward": {}, "TAE.scale": {}, "TAE.moments": {}}
     assert set(names) <= set(known) | set(tae), f"functions with shape comments that nobody runs here: {set(names) - set(known) - set(tae)}"
     every = [names[n] for n in ("DiT.forward", "Block.forward", "ByteText.forward", "Conv.forward")]
     problems, left = [], set()
@@ -851,7 +851,6 @@ def test_shape_comments_of_the_networks():
         missed = watch(lambda: nets.Conv(3, 8, s, t)(torch.zeros(2, 3, 7, 6, 10)), Conv_forward=size)
         missed |= watch(lambda: nets.Down(16, 16, s, t)(torch.zeros(2, 16, 7, 6, 10)), Down_forward={**size, "c_out": 16})
         missed |= watch(lambda: nets.Up(8, 16, s, t)(torch.zeros(2, 8, 7, 6, 10)), Up_forward={**size, "c_out": 16})
-        missed |= watch(lambda: nets.FrameNorm(8, 16)(torch.zeros(2, 16, 7, 6, 10)), FrameNorm_forward={**size, "C": 16})
     size = {"B": 2, "C": 4, "T": 7, "T'": 2, "H'": 3, "W'": 4, "D": 16}
     missed |= watch(lambda: small_tae().encode(torch.zeros(2, 3, 7, 12, 16)), TAE_scale=size, TAE_moments=size)
     assert not problems and not missed, "\n".join(problems + [f"never reached: {w}: # {c}" for w, c in sorted(missed)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import flow  # noqa: E402
+import data  # noqa: E402
 from data import VideoFolder  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without a caption")
@@ -62,7 +62,7 @@ def estimated(monkeypatch):
         steps = torch.arange(video.shape[2]).view(1, 1, -1, 1, 1).expand(1, 1, *video.shape[2:]).float()
         return torch.cat([video.mean() * 100 + 0 * steps, steps], dim=1)
 
-    monkeypatch.setattr(flow, "estimate_flow", estimate_flow)
+    monkeypatch.setattr(data, "estimate_flow", estimate_flow)
     return seen
 
 
