@@ -165,8 +165,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
         logs = {}
         for i in range(0, len(rows), micro):
             part = rows[i:i + micro]
-            with precision(config, device):
-                loss, scalars, bins = loss_of(step, part)
+            loss, scalars, bins = loss_of(step, part)
             (loss * len(part) / batch).backward()
             for name, value in scalars.items():
                 logs[name] = logs.get(name, 0) + value.detach()
@@ -281,7 +280,8 @@ def train_tae(config, clips, device):
         painted = torch.tensor([row % 2 == 1 for row in rows], device=device)
         video = torch.where(per_clip(painted, got["video"]), flow.flow_to_rgb(got["flow"], sigma), got["video"])
         noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
-        rec, reg, error = tae_loss(video, tae, config, noise)
+        with precision(config, device):
+            rec, reg, error = tae_loss(video, tae, config, noise)
         square = error.detach().square().flatten(1).mean(1)
         loss = torch.where(painted, config["tae"]["motion"], 1.0) * rec + reg
         scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows))))
@@ -370,7 +370,9 @@ def train_dit(config, stage, latents, device):
         zt, v = interpolate(z1, z0, t), velocity(z1, z0)                        # Eqs. 1, 2: each stream its own noise, one shared t
         if motion:
             zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep, zt)], dim=1)  # dropped: d_t = 0 exactly, after the noising
-        u = dit(zt, t, *text([caption if kept else "" for caption, kept in zip(captions, keep_text.tolist())]))
+        prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text.tolist())]
+        with precision(config, device):                                         # the nets alone: RAFT and the data stay in fp32
+            u = dit(zt, t, *text(prompts))
         loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()
         # what is logged
         loss_x = mse(u[:, :C], v[:, :C]).detach()
