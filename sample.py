@@ -354,6 +354,7 @@ def arguments(argv=None):
     p.add_argument("--w-text", type=float, dest="w1")
     p.add_argument("--w-motion", type=float, dest="w2")
     p.add_argument("--guidance", default="inner", choices=GUIDANCE)
+    p.add_argument("--guide-motion", choices=("text", "literal"), help="the motion half under Eq. 8 (README, choice 4; default: the config's)")
     p.add_argument("--motion-steps", type=int, help="steps in which motion guides (default: the first half)")
     p.add_argument("--no-motion", action="store_true", help="feed d = 0 at every step (Tab. 3, without optical flow)")
     p.add_argument("--seed", type=int, default=0)
@@ -367,6 +368,7 @@ def arguments(argv=None):
 def main(argv=None):
     a = arguments(argv)
     model = load_run(a.run, a.stage, a.device)
+    model.config["guide_motion"] = a.guide_motion or model.config["guide_motion"]
     options = dict(steps=a.steps, w1=a.w1, w2=a.w2, guidance=a.guidance, motion_steps=a.motion_steps, use_motion=not a.no_motion)
     if a.report:
         return report(model, **options)

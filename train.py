@@ -221,7 +221,7 @@ def use_bf16(config, device):
     """bf16 where the hardware multiplies it faster: CUDA GPUs from Ampere on, x86 CPUs with AVX512-BF16."""
     if config["precision"] != "auto":
         return config["precision"] == "bf16"
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 @contextlib.contextmanager
@@ -284,7 +284,7 @@ def train_tae(config, clips, device):
             rec, reg, error = tae_loss(video, tae, config, noise)
         square = error.detach().square().flatten(1).mean(1)
         loss = torch.where(painted, config["tae"]["motion"], 1.0) * rec + reg
-        scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows))))
+        scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows)), device=device))
         return loss.mean(), scalars, {}
 
     net, weights = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"], device)
@@ -386,17 +386,17 @@ def train_dit(config, stage, latents, device):
 
     def look(net, step):
         if RANK == 0:
-            write_samples(config, stage, net, latents.tae, device, step)
+            write_samples(config, stage, net, latents, device, step)
 
     net, weights = fit(config, stage, dict(text=text, dit=dit), loss_of, steps, batch, lr, device, parent, look)
     finish(config, stage, net, weights, steps, parent)
     look(net, steps)
 
 
-def write_samples(config, stage, net, tae, device, step):
+def write_samples(config, stage, net, latents, device, step):
     """Four held-out prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance."""
-    model = types.SimpleNamespace(config=config, tae=tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=device)
-    prompts = data.open_data(config, "test", device).prompts()[:4]
+    model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=device)
+    prompts = latents.clips.prompts()[:4]
     video, motion = sample.generate(model, prompts, range(len(prompts)))
     path = pathlib.Path(config["run"]) / "samples" / f"{stage}-{step}.png"
     sample.write_sheet(path, sample.interleave(video, motion))
