@@ -482,6 +482,8 @@ def check(config):
     need(len(tae["blocks"]) == len(tae["widths"]) - 1, f"tae.blocks={tae['blocks']}, expected one number fewer than tae.widths={tae['widths']}")
     with torch.device("meta"):                                                  # its constructor knows what fits together
         build_tae(config)
+    need(tae["batch"] % 2 == 0, f"tae.batch={tae['batch']} is odd, expected half appearance and half motion")
+    need(config["precision"] in ("auto", "bf16", "fp32"), f"precision={config['precision']}, expected auto, bf16 or fp32")
     need(config["guide_motion"] in ("text", "literal"), f"guide_motion={config['guide_motion']}, expected text or literal")
 
 

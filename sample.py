@@ -326,7 +326,7 @@ def report(model, **options):
     print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
     for name, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
         print(f"  {name:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
-    print(f"{len(prompts)} held-out straight-line prompts, read from the pixels   colour right          direction right   [95 % interval]")
+    print(f"{len(prompts)} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
     for name, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
         hits = dict(zip(("colour", "direction"), read_clips(clips, prompts)))
         numbers[name.split()[0]] = {what: hit / len(prompts) for what, hit in hits.items()}
@@ -361,7 +361,7 @@ def arguments(argv=None):
     p.add_argument("--count", type=int, default=1, help="clips per prompt")
     p.add_argument("--out", help="a .mp4 or .gif, or a folder (with --prompts: VBench's layout); default: samples/ in the run")
     p.add_argument("--device", default="")
-    p.add_argument("--report", action="store_true", help="measure the run on the held-out prompts instead")
+    p.add_argument("--report", action="store_true", help="measure the run on fixed test prompts instead")
     return p.parse_args(argv)
 
 

@@ -153,6 +153,8 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
         sample.load_into(net, state["net"], state_path)
         optimizer.load_state_dict(state["optimizer"])
         ema, step = state["ema"], state["step"]
+        if step > steps:
+            raise ValueError(f"{state_path} is at step {step}, beyond {stage}.steps={steps}: ask for at least as many, or take a new run folder")
         print0(f"{stage}: resumed at step {step}")
     rows = list(range(RANK, batch, WORLD))                                      # this rank's share of the global batch
     micro = config["micro_batch"] or len(rows)
@@ -173,7 +175,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
                 tenths[name] = tenths.get(name, 0) + value.detach()
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        total = torch.stack(list(logs.values())).double()
+        total = torch.stack(list(logs.values()))
         sum_over_ranks([p.grad for p in params] + [total])
         # ---- stop before anything is spoilt
         logs = dict(zip(logs, total.tolist()))
@@ -221,7 +223,7 @@ def use_bf16(config, device):
     """bf16 where the hardware multiplies it faster: CUDA GPUs from Ampere on, x86 CPUs with AVX512-BF16."""
     if config["precision"] != "auto":
         return config["precision"] == "bf16"
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 @contextlib.contextmanager
@@ -394,7 +396,7 @@ def train_dit(config, stage, latents, device):
 
 
 def write_samples(config, stage, net, latents, device, step):
-    """Four held-out prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance."""
+    """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance."""
     model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=device)
     prompts = latents.clips.prompts()[:4]
     video, motion = sample.generate(model, prompts, range(len(prompts)))
@@ -458,15 +460,15 @@ def main(argv=None):
         raise ValueError(f"{WORLD} ranks for a global batch of {min(config['batch'], config['tae']['batch'])} clips: expected at most one rank per clip")
     device = sample.find_device(config["device"])
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     start = time.time()
     clips, latents = prepare_run(config, device), None
-    print0(f"run {config['run']}, device {device}, " + ("bf16 autocast, which this hardware multiplies faster (precision=fp32 turns it off)"
-           if use_bf16(config, device) else "fp32, because bf16 is not faster on this hardware (precision=bf16 forces it)"))
+    why = "what this hardware multiplies fastest" if config["precision"] == "auto" else "as asked for"
+    print0(f"run {config['run']}, device {device}, {'bf16 autocast' if use_bf16(config, device) else 'fp32'}: {why} (precision={config['precision']})")
     for stage in stages:
         if done(config, stage):
             print0(f"{stage}: already in {config['run']}, skipped")
