@@ -536,11 +536,11 @@ def test_tiles_agree_with_the_whole_clip():
     video2 = tae.decode(whole, 320)
     tae.tile = 160
     tiled, decoded = tae.encode(video), tae.decode(whole, 320)
-    gap = (tiled - whole).abs().amax((0, 1, 3, 4))                               # seam between latents 39 and 40
-    assert gap[:31].max() < 1e-4 and gap[49:].max() < 1e-4 and gap[38:42].max() > 1e-3
-    gap = (decoded - video2).abs().amax((0, 1, 3, 4)).view(80, 4).amax(1)        # tiles start at latents 0, 20, 40
-    assert gap[:20].max() < 1e-4 and gap[29:31].max() < 1e-4 and gap[49:51].max() < 1e-4 and gap[60:].max() < 1e-4
-    assert gap.max() > 1e-3
+    gap = (tiled - whole).abs().amax((0, 1, 3, 4)) / whole.abs().max()         # seam between latents 39 and 40; relative: no norm bounds the size
+    assert gap[:31].max() < 1e-5 and gap[49:].max() < 1e-5 and gap[38:42].max() > 1e-4
+    gap = (decoded - video2).abs().amax((0, 1, 3, 4)).view(80, 4).amax(1) / video2.abs().max()    # tiles start at latents 0, 20, 40
+    assert gap[:20].max() < 1e-5 and gap[29:31].max() < 1e-5 and gap[49:51].max() < 1e-5 and gap[60:].max() < 1e-5
+    assert gap.max() > 1e-4
 
 
 # ---- Shape comments are executed ------------------------------------------------------------------------------------
