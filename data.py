@@ -4,7 +4,8 @@ VideoJAM was trained on O(100 M) captioned videos whose flow RAFT estimated (sec
 stands in for them: no download, infinite, exact. Its four kinds of motion bear the names of VideoJAM-bench.
 `VideoFolder` reads your own clips, and has their flow estimated once.
 
-    python data.py      writes world.png: clips of every kind, a row of frames over a row of flow pictures (Eq. 5)
+    python data.py [key=value]      writes world.png: clips of every kind, a row of frames over a row of flow pictures (Eq. 5)
+    python data.py data.root=videos flow.weights=raft_small.pth     the same of your own clips, folder.png
 
 Letters: B clips, T frames, H height, W width, K objects. Pixel centres are whole numbers, x to the right, y down, so
 that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optical flow is in pixels per frame.
@@ -17,6 +18,7 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flow import estimate_flow, flow_to_rgb, load_raft
+from model import load_config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary
@@ -637,17 +640,23 @@ def open_data(config, split="train", device="cpu"):
     return VideoFolder(config["data"]["root"], *size, config["fps"], Path(config["run"], "flow"), raft)
 
 
-def main():
-    """Write world.png."""
-    rng = np.random.default_rng(0)
-    specs = [complete(parse(p), 16, 64, 64, rng, texture=1.0) for p in (PROMPTS[8 * n + 3 * n % 8] for n in range(16))]
-    print("\n".join(map(caption, specs)))
-    video, flow = render(specs, 16, 64, 64)
-    pictures = torch.stack([video, flow_to_rgb(flow)], 1)[:, :, :, ::2]                          # (B, 2, 3, 8, H, W)
+def main(argv=None):
+    """Write world.png, or with data.root folder.png: what train.py would see with the same key=value."""
+    config = load_config(sys.argv[1:] if argv is None else argv)
+    clips, name = open_data(config), "folder.png" if config["data"]["root"] else "world.png"
+    got = clips.batch(range(0, len(clips), -(-len(clips) // 16))) if config["data"]["root"] else clips.of_prompts(
+        [PROMPTS[8 * n + 3 * n % 8] for n in range(16)])  # 4 of each kind
+    print("\n".join(got["caption"]))
+    at = np.linspace(0, config["frames"] - 1, min(8, config["frames"])).round().astype(int)
+    pictures = torch.stack([got["video"], flow_to_rgb(got["flow"], config["flow"]["sigma"])], 1)[:, :, :, at]  # (B, 2, 3, 8, H, W)
+    pictures = pictures.repeat_interleave(max(1, 64 // config["height"]), 4).repeat_interleave(max(1, 64 // config["width"]), 5)
     pictures = F.pad(pictures, (0, 2, 0, 2), value=-1).permute(0, 1, 4, 3, 5, 2)                 # (B, 2, H, 8, W, 3)
-    columns = pictures.flatten(3, 4).flatten(0, 2).chunk(2)                                      # two of 8 clips each
-    iio.imwrite("world.png", ((torch.cat(columns, 1) + 1) * 127.5).round().byte().numpy())
+    iio.imwrite(name, ((pictures.flatten(3, 4).flatten(0, 2) + 1) * 127.5).round().byte().numpy())
+    print(f"{name}: each clip's frames over its optical flow (Eq. 5)")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"data.py: {error}")

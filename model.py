@@ -465,7 +465,7 @@ def check(config):
             raise ValueError(f"config: {message}")
     tae, dit = config["tae"], config["dit"]
     for key, value in flatten(config).items():
-        need(not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
+        need(key == "t_mean" or not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
     for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.length", "log_every", "save_every"):
         need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
     for key in ("drop_text", "drop_motion", "ema", "cooldown"):

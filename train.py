@@ -19,6 +19,7 @@ import os
 import pathlib
 import sys
 import time
+import timeit
 import types
 
 import torch
@@ -77,10 +78,10 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big"))
 
 
-def draw(seed, step, index, shape, drop_text=0.3, drop_motion=0.2):
+def draw(seed, step, index, shape, drop_text=0.3, drop_motion=0.2, t_mean=0.0):
     """One sample's randomness: logit-normal t (Movie Gen), noise of `shape` (2C, T, H, W), keep_text, keep_motion (sec. 4.3)."""
     g = generator(seed, step, index)
-    t = torch.randn((), generator=g).sigmoid()
+    t = (t_mean + torch.randn((), generator=g)).sigmoid()
     keep_text = torch.rand((), generator=g) >= drop_text
     keep_motion = torch.rand((), generator=g) >= drop_motion
     return t, torch.randn(shape, generator=g), keep_text, keep_motion
@@ -219,18 +220,23 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
     return net.eval().requires_grad_(False), weights
 
 
-def use_bf16(config, device):
-    """bf16 where the hardware multiplies it faster: CUDA GPUs from Ampere on, x86 CPUs with AVX512-BF16."""
-    if config["precision"] != "auto":
-        return config["precision"] == "bf16"
-    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+def fastest_precision(device):
+    """"bf16" or "fp32": what this hardware multiplies faster. Some CPUs list bf16 and are slower in it, so those are timed."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu" or not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        return "fp32"
+    seconds = []
+    for a in (torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)):
+        seconds.append(min(timeit.repeat(lambda: a @ a, number=1, repeat=10)))
+    return "bf16" if seconds[1] < 0.6 * seconds[0] else "fp32"                  # autocast itself costs time
 
 
 @contextlib.contextmanager
 def precision(config, device):
     """Autocast to bf16 where it pays; weights, gradients, optimizer and loss stay in fp32."""
     with contextlib.ExitStack() as stack:
-        if use_bf16(config, device):
+        if config["precision"] == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
             if device.type == "cpu":                                            # its flash kernel is slow in bf16, and tokens are few here
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -365,7 +371,7 @@ def train_dit(config, stage, latents, device):
         step += first
         z1, captions = latents([clip_index(seed, step * batch + row, latents.n) for row in rows])
         z1 = z1.to(device)
-        t, z0, keep_text, keep = map(torch.stack, zip(*(draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"]) for row in rows)))
+        t, z0, keep_text, keep = map(torch.stack, zip(*(draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"], config["t_mean"]) for row in rows)))
         t, z0, keep = t.to(device), z0.to(device), keep.to(device)
         if not motion:
             z1, z0 = z1[:, :C], z0[:, :C]                                       # the control sees the very noise that VideoJAM sees
@@ -420,15 +426,23 @@ def plan(config):
 
 
 def prepare_run(config, device):
-    """Open the data, then make the run folder, or refuse one that was made with another config."""
+    """Open the data, settle the precision, make the run folder; ValueError for a folder that was made with another config."""
     run = pathlib.Path(config["run"])
-    path = run / "config.json"
+    path, why = run / "config.json", "as asked for"
     if path.exists():
-        old, new = nets.flatten(json.loads(path.read_text())), nets.flatten(config)
+        old = nets.flatten(json.loads(path.read_text()))
+        if config["precision"] == "auto":
+            config["precision"], why = old.get("precision"), "as this run began"
+        new = nets.flatten(config)
         for key in new:
             if key not in MAY_CHANGE and old.get(key) != new[key]:
                 raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={new[key]!r}: give the old value, or another run=folder")
     clips = data.open_data(config, "train", device)                             # a wrong data.root leaves no run folder behind
+    if config["precision"] == "auto":
+        votes = torch.tensor(float(fastest_precision(device) == "bf16"), device=device)
+        sum_over_ranks([votes])
+        config["precision"], why = "bf16" if votes == WORLD else "fp32", "what this hardware multiplies fastest"
+    print0(f"run {run}, device {device}, {config['precision']}: {why}")
     barrier()
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -467,8 +481,6 @@ def main(argv=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     start = time.time()
     clips, latents = prepare_run(config, device), None
-    why = "what this hardware multiplies fastest" if config["precision"] == "auto" else "as asked for"
-    print0(f"run {config['run']}, device {device}, {'bf16 autocast' if use_bf16(config, device) else 'fp32'}: {why} (precision={config['precision']})")
     for stage in stages:
         if done(config, stage):
             print0(f"{stage}: already in {config['run']}, skipped")
