@@ -34,7 +34,7 @@ import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
-LONGER = "run=runs/hour data.cache=20000 tae.steps=8000 base.steps=4000 videojam.steps=13000"
+LONGER = "run=runs/hour data.cache=20000 tae.steps=6000 base.steps=2000 videojam.steps=11000"
 MAY_CHANGE = ("stages", "device", "plan", "run", "micro_batch", "log_every", "save_every", "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import data
-
 import flow
 from conftest import ROOT, TINY, command
 
@@ -27,10 +26,10 @@ def contents(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def script(monkeypatch, name, *args):
+def script(monkeypatch, name, *args, cwd=ROOT):
     """python <name> <args> in this process; returns what it would exit with: None, or the line for stderr."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(cwd)
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as done:
@@ -191,6 +190,18 @@ def test_a_bad_train_command(run, monkeypatch, args, words):
     before = contents(run)
     assert words in one_line(script(monkeypatch, "train.py", *TINY, f"run={run}", *args), "train.py: ")
     assert contents(run) == before
+
+
+def test_data_shows_what_train_would_see(tmp_path, monkeypatch):
+    """`python data.py key=value`: 16 clips, 8 frames over 8 flow pictures each, enlarged to 64 px with a 2 px frame. Reference: the picture's
+    first frame, pixel by pixel, against the world's own clip of that prompt."""
+    assert script(monkeypatch, "data.py", "height=32", "width=32", "frames=8", cwd=tmp_path) is None
+    picture = iio.imread(tmp_path / "world.png")
+    assert picture.shape == (16 * 2 * 66, 8 * 66, 3)
+    clip = data.MovingShapes(8, 32, 32, split="train").of_prompts([data.PROMPTS[0]])["video"][0, :, 0]
+    expected = ((clip + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert (picture[:64:2, :64:2] == expected).all() and (picture[1:64:2, 1:64:2] == expected).all()
+    assert "did you mean 'height'" in one_line(script(monkeypatch, "data.py", "hieght=32"), "data.py: ")
 
 
 @pytest.fixture

@@ -129,6 +129,27 @@ def test_t_is_logit_normal(draws):
     assert draws[0].min() > 0 and draws[0].max() < 1
 
 
+def test_t_mean_shifts_the_logit_alone(draws):
+    """config t_mean: the same normal number, shifted before the sigmoid, towards noise where negative. Reference: the unshifted draws."""
+    shifted = [train.draw(3, step, index, SHAPE, t_mean=-1.0) for step in range(5) for index in range(100)]
+    for (t, noise, *keep), plain, plain_noise in zip(shifted, draws[0], draws[1]):
+        assert abs(t.double().logit() - (plain.double().logit() - 1)) < 1e-4 and torch.equal(noise, plain_noise)
+
+
+def test_precision_is_settled_once(tmp_path, monkeypatch):
+    """auto becomes what is faster at a run's start and stays so on resume, whatever is faster then. Reference: the run folder's config."""
+    monkeypatch.setattr(train, "fastest_precision", lambda device: "bf16")
+    make = lambda word: nets.load_config([*TINY, f"precision={word}", f"run={tmp_path}"])
+    for word in ("auto", "bf16"):
+        train.prepare_run(config := make(word), torch.device("cpu"))
+        assert config["precision"] == json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
+        monkeypatch.setattr(train, "fastest_precision", lambda device: "fp32")
+    with pytest.raises(ValueError, match="was made with precision='bf16', found precision='fp32'"):
+        train.prepare_run(make("fp32"), torch.device("cpu"))
+    train.prepare_run(config := make("auto"), torch.device("cpu"))
+    assert config["precision"] == "bf16"
+
+
 def test_noise_is_standard_normal(draws):
     """x_0 ~ N(0, I), x and d each their own. Reference: the normal law of 40,000 numbers; the halves of a sample, neighbours and t uncorrelated."""
     x = draws[1].double()
