@@ -361,9 +361,11 @@ def _background(specs, camera, at, height, width):
         grids = np.stack([np.random.default_rng(g["seed"]).uniform(-1, 1, (3, 16, 16)) for g in ground])
         where = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(1, 2)                         # (b, T H, W, 2)
         for n, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
-            noise = F.grid_sample(camera.new_tensor(grids[:, n:n + 1]), where * (cells * 2 / 15), mode="bicubic",
-                                  padding_mode="reflection", align_corners=True)
-            grey = grey + amount * noise.view_as(grey)
+            grid = camera.new_tensor(grids[:, n:n + 1])
+            on = "cpu" if grid.device.type == "mps" else grid.device  # mps has no bicubic sampling
+            noise = F.grid_sample(grid.to(on), (where * (cells * 2 / 15)).to(on), mode="bicubic", padding_mode="reflection",
+                                  align_corners=True)
+            grey = grey + amount * noise.to(grid.device).view_as(grey)
         grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
         video[rows] = 2 * grey * (1 + each("texture") * each("tint")) - 1
     return video
@@ -594,23 +596,32 @@ def _read_captions(root, names):
     _warn(sorted(captions.keys() - set(names)), f"named in {table} but not there", "correct file_name")
     for n in names:
         beside = (root / n).with_suffix(".txt")
-        captions[n] = captions.get(n) or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else "")
+        captions[n] = captions.get(n) or (_text(beside).strip() if beside.is_file() else "")
     _warn([n for n in names if not captions[n]], "without a caption", "used with the empty one")
     return captions
 
 
 def _rows(table):
     """Yields (line number, row) of a .csv or a .jsonl; a line that is no JSON comes as the text it is."""
-    with open(table, encoding="utf-8-sig", newline="") as file:    # -sig: spreadsheets put a mark in front
-        if table.suffix == ".csv":
-            reader = csv.DictReader(file)
-            yield from ((reader.line_num, row) for row in reader)
-        for line, text in enumerate(file, 1):
-            try:
-                yield line, json.loads(text)
-            except json.JSONDecodeError:
-                if text.strip():
-                    yield line, text
+    lines = _text(table).splitlines(keepends=True)
+    if table.suffix == ".csv":
+        reader = csv.DictReader(lines)
+        yield from ((reader.line_num, row) for row in reader)
+        return
+    for line, text in enumerate(lines, 1):
+        try:
+            yield line, json.loads(text)
+        except json.JSONDecodeError:
+            if text.strip():
+                yield line, text
+
+
+def _text(path):
+    """The text of a caption file; ValueError where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")               # -sig: spreadsheets put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"found bytes in {path} that are not UTF-8 ({error.reason} at {error.start}), expected UTF-8: save it as that") from None
 
 
 def _warn(names, problem, advice):
@@ -649,7 +660,8 @@ def main(argv=None):
     print("\n".join(got["caption"]))
     at = np.linspace(0, config["frames"] - 1, min(8, config["frames"])).round().astype(int)
     pictures = torch.stack([got["video"], flow_to_rgb(got["flow"], config["flow"]["sigma"])], 1)[:, :, :, at]  # (B, 2, 3, 8, H, W)
-    pictures = pictures.repeat_interleave(max(1, 64 // config["height"]), 4).repeat_interleave(max(1, 64 // config["width"]), 5)
+    times = max(1, 64 // min(config["height"], config["width"]))
+    pictures = pictures.repeat_interleave(times, 4).repeat_interleave(times, 5)
     pictures = F.pad(pictures, (0, 2, 0, 2), value=-1).permute(0, 1, 4, 3, 5, 2)                 # (B, 2, H, 8, W, 3)
     iio.imwrite(name, ((pictures.flatten(3, 4).flatten(0, 2) + 1) * 127.5).round().byte().numpy())
     print(f"{name}: each clip's frames over its optical flow (Eq. 5)")
@@ -658,5 +670,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")

@@ -465,14 +465,20 @@ def check(config):
             raise ValueError(f"config: {message}")
     tae, dit = config["tae"], config["dit"]
     for key, value in flatten(config).items():
+        need(not isinstance(value, float) or math.isfinite(value), f"{key}={value} is no finite number")
         need(key == "t_mean" or not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
-    for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.length", "log_every", "save_every"):
+    for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.heads", "text.length", "tae.spatial",
+                "tae.temporal", "tae.tile", "log_every", "save_every"):
         need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
-    for key in ("drop_text", "drop_motion", "ema", "cooldown"):
-        need(config[key] <= 1, f"{key}={config[key]}, expected at most 1")
-    need(config["sample"]["steps"] >= 2, f"sample.steps={config['sample']['steps']}, expected at least 2")
+    for key in ("drop_text", "drop_motion", "ema", "cooldown", "world.basic", "world.texture"):
+        need(flatten(config)[key] <= 1, f"{key}={flatten(config)[key]}, expected at most 1")
+    steps, emulated = config["sample"]["steps"], config["sample"]["emulated"]
+    need(2 <= steps <= emulated, f"sample.steps={steps}, sample.emulated={emulated}, expected 2 <= steps <= emulated")
+    need(config["flow"]["sigma"] > 0, f"flow.sigma={config['flow']['sigma']}, expected more than 0")
+    need(0.3 <= config["world"]["size"] <= 1.5, f"world.size={config['world']['size']}, expected 0.3 to 1.5")
+    need(config["seed"] < 2 ** 31, f"seed={config['seed']}, expected less than 2**31")
     need(config["stages"].strip(" ,"), f"stages={config['stages']!r}, expected some of tae, base, control, videojam")
-    need(all(type(n) is int for n in tae["widths"] + tae["blocks"]), f"tae.widths={tae['widths']}, tae.blocks={tae['blocks']}, expected whole numbers")
+    need(all(type(n) is int and n >= 0 for n in tae["widths"] + tae["blocks"]) and all(tae["widths"]), f"tae.widths={tae['widths']}, tae.blocks={tae['blocks']}, expected whole numbers")
     cell = tae["spatial"] * dit["patch"]
     for key in ("height", "width"):
         need(config[key] % cell == 0, f"{key}={config[key]} does not divide by tae.spatial x dit.patch = {tae['spatial']} x {dit['patch']} = {cell}")

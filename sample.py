@@ -78,7 +78,7 @@ def read_weights(path):
     """A finished stage's file -> its dict; raises FileNotFoundError or ValueError, one line, where it is missing or damaged."""
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: train the {path.stem} first, python train.py run={path.parent} stages={path.stem}")
+        raise FileNotFoundError(f"{path} is missing: train the {path.stem} first: python train.py run={path.parent} stages={path.stem}, with the run's own key=value")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # torch raises half a dozen types here
@@ -105,9 +105,13 @@ def find_device(wish=""):
     """The wish, or cuda, else mps, else cpu."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.device(wish or found)
+        device = torch.device(wish or found)
     except RuntimeError:
         raise ValueError(f"device={wish}: unknown, expected cuda, mps or cpu") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    if not there() or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={wish}: this machine or this torch {torch.__version__} has none; leave it empty to take {found}")
+    return device
 
 
 def load_run(run, stage="videojam", device=""):
@@ -118,6 +122,8 @@ def load_run(run, stage="videojam", device=""):
     config, device = json.loads((run / "config.json").read_text()), find_device(device)
     motion = stage == "videojam"
     tae_file, dit_file = read_weights(run / "tae.pt"), read_weights(run / f"{stage}.pt")
+    if dit_file.get("tae") != tae_file["checksum"]:
+        raise ValueError(f"{run}: {stage}.pt was trained on the latents of another tae.pt than the one beside it; train the {stage} again")
     pick = lambda prefix: {name[len(prefix):]: w for name, w in dit_file["weights"].items() if name.startswith(prefix)}
     tae = load_into(nets.build_tae(config), tae_file["weights"], run / "tae.pt")
     text = load_into(nets.build_text(config), pick("text."), run / f"{stage}.pt")
@@ -162,27 +168,39 @@ def guided_velocity(model, z, t, text, mask, guidance, w1, w2, motion_on, use_mo
     return out
 
 
+def settle(model, steps=None, w1=None, w2=None, guidance="inner", motion_steps=None, use_motion=True):
+    """The sampler's settings, the config's where none is given: a dict. Motion guides in the first half of the steps (sec. 4.3)."""
+    c = model.config["sample"]
+    steps = c["steps"] if steps is None else steps
+    if not model.motion and guidance in ("inner", "ip2p"):
+        guidance = "text"                                                       # the base and the control predict no motion
+    return dict(steps=steps, w1=c["w_text"] if w1 is None else w1, w2=c["w_motion"] if w2 is None else w2, guidance=guidance,
+                motion_steps=steps // 2 if motion_steps is None else motion_steps, use_motion=use_motion and model.motion)
+
+
+def schedule(config, steps=None):
+    """The config's times for `steps` steps: half of them linear, N in the config's proportion to the steps (README, choice 5)."""
+    c = config["sample"]
+    steps = c["steps"] if steps is None else steps
+    return linear_quadratic_schedule(steps, steps // 2, round(c["emulated"] * steps / c["steps"]))
+
+
 @torch.no_grad()
-def sampler(model, prompts, seeds, steps=None, w1=None, w2=None, guidance="inner", motion_steps=None, use_motion=True, start=0, z=None):
+def sampler(model, prompts, seeds, start=0, z=None, **options):
     """Euler steps from noise to data: a generator of (k, t_k, z), k = start..steps. z given: continue it from step `start` (SDEdit).
 
-    prompts: B strings; seeds: B ints. Defaults are the config's; motion guides in the first half of the steps.
+    prompts: B strings; seeds: B ints; options: those of `settle`.
     """
     if not prompts:
         raise ValueError("no prompt: found an empty list, expected at least one text")
-    c = model.config["sample"]
-    steps, w1, w2 = (c["steps"] if steps is None else steps), (c["w_text"] if w1 is None else w1), (c["w_motion"] if w2 is None else w2)
-    motion_steps = steps // 2 if motion_steps is None else motion_steps
-    if not model.motion and guidance in ("inner", "ip2p"):
-        guidance = "text"                                                       # the base and the control predict no motion
-    times = linear_quadratic_schedule(steps, steps // 2, max(c["emulated"], steps)).to(model.device)
+    o, C = settle(model, **options), nets.latent_size(model.config)[0]
+    times = schedule(model.config, o["steps"]).to(model.device)
     text, mask = model.text([*prompts, ""])
     z = noise(model, seeds) if z is None else z
-    C = nets.latent_size(model.config)[0]
     yield start, times[start].item(), z
-    for k in range(start, steps):
-        u = guided_velocity(model, z, times[k], text, mask, guidance, w1, w2, k < motion_steps, use_motion and model.motion)
-        if model.motion and not use_motion:
+    for k in range(start, o["steps"]):
+        u = guided_velocity(model, z, times[k], text, mask, o["guidance"], o["w1"], o["w2"], k < o["motion_steps"], o["use_motion"])
+        if model.motion and not o["use_motion"]:
             u = torch.cat([u[:, :C], torch.zeros_like(u[:, C:])], dim=1)        # without optical flow d is never integrated
         z = z + (times[k + 1] - times[k]) * u
         yield k + 1, times[k + 1].item(), z
@@ -197,7 +215,10 @@ def decode(model, z):
 
 
 def generate(model, prompts, seeds, bar=True, at_once=32, **options):
-    """Sample clip after clip in batches -> video (B, 3, frames, height, width), motion picture or None, on the CPU."""
+    """Sample clip after clip in batches -> video (B, 3, frames, height, width), motion picture or None, on the CPU.
+
+    options: those of `settle`. Without optical flow (use_motion=False) d stays noise, so there is no motion picture.
+    """
     if not prompts:
         raise ValueError("no prompt: found an empty list, expected at least one text")
     videos, motions = [], []
@@ -208,7 +229,7 @@ def generate(model, prompts, seeds, bar=True, at_once=32, **options):
                 progress.update(k > 0)
             video, motion = decode(model, z)
             videos.append(video.cpu())
-            motions.append(None if motion is None else motion.cpu())
+            motions.append(motion.cpu() if settle(model, **options)["use_motion"] else None)
     return torch.cat(videos), None if motions[0] is None else torch.cat(motions)
 
 
@@ -313,32 +334,39 @@ def read_motion(rgb, prompts, sigma):
     return sum(data.nearest_direction(angle) == data.parse(prompt)["motion"] for angle, prompt in zip(angles, prompts))
 
 
-def report(model, **options):
-    """Measure a run of the embedded world; prints the tables, writes report-<stage>.json and .png, returns the numbers."""
+def report(model, seed=0, **options):
+    """Measure a run of the embedded world; prints the tables, writes report-<stage>.json and .png, returns the numbers.
+
+    What differs from the default settings stands in the files' names: report-videojam-w2-0.0.json.
+    """
     c, prompts = model.config, data.STRAIGHT
     if c["data"]["root"]:
         raise ValueError(f"the report reads the embedded world's pixels; {model.run} was trained on {c['data']['root']}")
     world = data.open_data(c, "test")
     truth, mixed = world.of_prompts(prompts), world.batch(range(64))
-    numbers = {"stage": model.stage, "tae_all_kinds": read_tae(model, mixed)[0]}
+    settings, usual = settle(model, **options), settle(model)
+    changed = [f"-{key}-{value}" for key, value in settings.items() if value != usual[key]] + [f"-seed-{seed}"] * (seed != 0)
+    changed += ["-literal"] * (c["guide_motion"] == "literal")
+    name = model.run / f"report-{model.stage}{''.join(changed)}"
+    numbers = {"stage": model.stage, "seed": seed, **settings, "guide_motion": c["guide_motion"], "tae_all_kinds": read_tae(model, mixed)[0]}
     numbers["tae_straight"], recon = read_tae(model, truth)
-    video, motion = generate(model, prompts, list(range(len(prompts))), **options)
+    video, motion = generate(model, prompts, [seed + i for i in range(len(prompts))], **options)
     print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
-    for name, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
-        print(f"  {name:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
+    for what, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
+        print(f"  {what:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
     print(f"{len(prompts)} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
-    for name, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
+    for whose, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
         hits = dict(zip(("colour", "direction"), read_clips(clips, prompts)))
-        numbers[name.split()[0]] = {what: hit / len(prompts) for what, hit in hits.items()}
+        numbers[whose.split()[0]] = {what: hit / len(prompts) for what, hit in hits.items()}
         cell = lambda hit: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hit / len(prompts), *interval(hit, len(prompts)))
-        print(f"  {name:<54}" + "".join(f"{cell(hit):<22}" for hit in hits.values()))
+        print(f"  {whose:<54}" + "".join(f"{cell(hit):<22}" for hit in hits.values()))
     if motion is not None:                                                      # what the model says of its own clips
         right = read_motion(motion, prompts, c["flow"]["sigma"])
         numbers["motion_pictures"] = {"direction": right / len(prompts)}
         print(f"  {'their motion pictures, read back':<76}{100 * right / len(prompts):5.1f} % [{{:.0f}}, {{:.0f}}]".format(*interval(right, len(prompts))))
     numbers["sheet"] = prompts[::9]
-    write_sheet(model.run / f"report-{model.stage}.png", interleave(video[::9], None if motion is None else motion[::9]))      # every direction once
-    (model.run / f"report-{model.stage}.json").write_text(json.dumps(numbers, indent=1))
+    write_sheet(f"{name}.png", interleave(video[::9], None if motion is None else motion[::9]))               # every direction once
+    pathlib.Path(f"{name}.json").write_text(json.dumps(numbers, indent=1))
     return numbers
 
 
@@ -371,7 +399,7 @@ def main(argv=None):
     model.config["guide_motion"] = a.guide_motion or model.config["guide_motion"]
     options = dict(steps=a.steps, w1=a.w1, w2=a.w2, guidance=a.guidance, motion_steps=a.motion_steps, use_motion=not a.no_motion)
     if a.report:
-        return report(model, **options)
+        return report(model, a.seed, **options)
     prompts = list(a.prompt)
     if a.prompts:
         if not pathlib.Path(a.prompts).is_file():
@@ -381,17 +409,21 @@ def main(argv=None):
         raise ValueError('no prompt: found none, expected python sample.py "a red square moving right", or --prompts with a file of them')
     if a.count < 1:
         raise ValueError(f"--count {a.count}: expected at least 1")
+    out = pathlib.Path(a.out) if a.out else model.run / "samples"
+    if out.suffix not in ("", ".mp4", ".gif"):
+        raise ValueError(f"--out {out}: unknown ending, expected .mp4, .gif or a folder's name without a dot")
+    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)      # before the work, not after
     fps = model.config["fps"]
     jobs = [(prompt, i) for prompt in prompts for i in range(a.count)]
     seeds = [a.seed + n for n in range(len(jobs))]
     video, motion = generate(model, [prompt for prompt, _ in jobs], seeds, **options)
-    settings = {**vars(a), "steps": a.steps or model.config["sample"]["steps"], "config": model.config}
-    out = pathlib.Path(a.out) if a.out else model.run / "samples"
+    settings = {"run": a.run, "stage": a.stage, **settle(model, **options), "guide_motion": model.config["guide_motion"], "config": model.config}
     if a.prompts and a.out and not out.suffix:                                  # VBench: flat mp4 files of the appearance alone
         names = {f"{n:04d}-{i}.mp4": prompt for n, (prompt, i) in enumerate(jobs)}
         for clip, name in zip(video, names):
             write_video(out / name, clip, fps, least=128)                       # VBench's RAFT breaks below 128 px
         (out / "prompts.json").write_text(json.dumps(names, indent=1))
+        print(f"seeds {seeds[0]} to {seeds[-1]}, {settle(model, **options)}")
         print(f"{len(names)} clips in {out}; vbench evaluate --videos_path {out} --mode=custom_input --prompt_file {out / 'prompts.json'}")
         return
     slug = lambda prompt: re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
@@ -407,5 +439,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

@@ -157,6 +157,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", afte
         if step > steps:
             raise ValueError(f"{state_path} is at step {step}, beyond {stage}.steps={steps}: ask for at least as many, or take a new run folder")
         print0(f"{stage}: resumed at step {step}")
+    forget_lines(run / "log.jsonl", stage, step)
     rows = list(range(RANK, batch, WORLD))                                      # this rank's share of the global batch
     micro = config["micro_batch"] or len(rows)
     print0(f"{stage}: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x "
@@ -243,6 +244,13 @@ def precision(config, device):
         yield
 
 
+def forget_lines(path, stage, step):
+    """Drop the log's lines of a stage's steps that are about to be taken again."""
+    if RANK == 0 and path.exists():
+        lines = [line for line in path.read_text().splitlines(True) if (got := json.loads(line))["stage"] != stage or got["step"] <= step]
+        path.write_text("".join(lines))
+
+
 def log_line(run, stage, step, sums, tenths, lr, norm, seconds, steps):
     """Append one JSON line: means over the interval, the loss per tenth of t, clips per second."""
     clips, kept = sums.pop("clips"), sums.pop("kept", None)
@@ -255,10 +263,10 @@ def log_line(run, stage, step, sums, tenths, lr, norm, seconds, steps):
         file.write(json.dumps(line) + "\n")
 
 
-def finish(config, stage, net, weights, step, parent=""):
-    """<run>/<stage>.pt: plain averaged weights that torch.load(weights_only=True) reads, with config, checksum and the parent's."""
+def finish(config, stage, net, weights, step, parent="", tae=""):
+    """<run>/<stage>.pt: plain averaged weights that torch.load(weights_only=True) reads, with config, checksum, the parent's and the TAE's."""
     save(pathlib.Path(config["run"]) / f"{stage}.pt",
-         dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=sample.checksum(weights), parent=parent))
+         dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=sample.checksum(weights), parent=parent, tae=tae))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +298,7 @@ def train_tae(config, clips, device):
         noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
         with precision(config, device):
             rec, reg, error = tae_loss(video, tae, config, noise)
-        square = error.detach().square().flatten(1).mean(1)
+        square = error.detach().square().flatten(1).mean(1)                     # summed over half of the clips each, hence the 2 below
         loss = torch.where(painted, config["tae"]["motion"], 1.0) * rec + reg
         scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows)), device=device))
         return loss.mean(), scalars, {}
@@ -357,7 +365,7 @@ def train_dit(config, stage, latents, device):
     motion, steps, lr = stage == "videojam", config["videojam"]["steps"], config["videojam"]["lr"]
     text, dit = nets.build_text(config), nets.build_dit(config)
     first, C = 0, nets.latent_size(config)[0]
-    parent = sample.read_weights(run / "tae.pt")["checksum"]
+    tae = parent = sample.read_weights(run / "tae.pt")["checksum"]
     if stage == "base":
         steps, lr = config["base"]["steps"], config["base"]["lr"]
     else:                                                                       # control and videojam go on from the base, on the same new clips
@@ -381,7 +389,7 @@ def train_dit(config, stage, latents, device):
         prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text.tolist())]
         with precision(config, device):                                         # the nets alone: RAFT and the data stay in fp32
             u = dit(zt, t, *text(prompts))
-        loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()
+        loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()           # Eq. 6, or Eq. 3
         # what is logged
         loss_x = mse(u[:, :C], v[:, :C]).detach()
         tenth = nn.functional.one_hot((t * 10).long().clamp(max=9), 10).float() # (B, 10)
@@ -397,7 +405,7 @@ def train_dit(config, stage, latents, device):
             write_samples(config, stage, net, latents, device, step)
 
     net, weights = fit(config, stage, dict(text=text, dit=dit), loss_of, steps, batch, lr, device, parent, look)
-    finish(config, stage, net, weights, steps, parent)
+    finish(config, stage, net, weights, steps, parent, tae)
     look(net, steps)
 
 
@@ -425,6 +433,16 @@ def plan(config):
            f"parameters: TAE {count(tae):.2f} M, text {count(text):.2f} M, DiT with motion {count(dit):.2f} M")
 
 
+def refuse_to_spoil(config):
+    """ValueError where a finished stage would be trained on although later ones stand on what it is now."""
+    run = pathlib.Path(config["run"])
+    for stage, later in (("tae", STAGES[1:]), ("base", STAGES[2:])):
+        later = [name for name in later if (run / f"{name}.pt").exists()]
+        if stage in config["stages"] and later and (run / f"{stage}.pt").exists() and not done(config, stage):
+            raise ValueError(f"{run}: {stage} would be trained on to {config[stage]['steps']} steps, but {', '.join(f'{name}.pt' for name in later)} stand on what it is now: "
+                             f"delete {', '.join(f'{name}.*' for name in later)} first, or take a new run=folder")
+
+
 def prepare_run(config, device):
     """Open the data, settle the precision, make the run folder; ValueError for a folder that was made with another config."""
     run = pathlib.Path(config["run"])
@@ -432,11 +450,12 @@ def prepare_run(config, device):
     if path.exists():
         old = nets.flatten(json.loads(path.read_text()))
         if config["precision"] == "auto":
-            config["precision"], why = old.get("precision"), "as this run began"
+            config["precision"], why = old.get("precision", "auto"), "as this run began"
         new = nets.flatten(config)
         for key in new:
             if key not in MAY_CHANGE and old.get(key) != new[key]:
                 raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={new[key]!r}: give the old value, or another run=folder")
+    refuse_to_spoil(config)
     clips = data.open_data(config, "train", device)                             # a wrong data.root leaves no run folder behind
     if config["precision"] == "auto":
         votes = torch.tensor(float(fastest_precision(device) == "bf16"), device=device)
@@ -446,7 +465,8 @@ def prepare_run(config, device):
     barrier()
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=1))
+        path.with_suffix(".tmp").write_text(json.dumps(config, indent=1))
+        os.replace(path.with_suffix(".tmp"), path)
     barrier()
     return clips
 
@@ -470,8 +490,9 @@ def main(argv=None):
             raise ValueError(f"stages={config['stages']}: unknown stage {stage!r}, expected some of {', '.join(STAGES)}")
     if config["plan"]:
         return plan(config)
-    if WORLD > min(config["batch"], config["tae"]["batch"]):
-        raise ValueError(f"{WORLD} ranks for a global batch of {min(config['batch'], config['tae']['batch'])} clips: expected at most one rank per clip")
+    batch = min(config["tae"]["batch"] if stage == "tae" else config["batch"] for stage in stages)
+    if WORLD > batch:
+        raise ValueError(f"{WORLD} ranks for a global batch of {batch} clips: expected at most one rank per clip")
     device = sample.find_device(config["device"])
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -521,5 +542,5 @@ def finale(config, stages):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}" if RANK == 0 else 1)

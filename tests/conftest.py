@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 # Every size and every number of steps is given, so that no test depends on a default that is still being tuned.
 TINY = ["device=cpu", "precision=fp32", "frames=8", "height=16", "width=16", "fps=8", "batch=4", "micro_batch=0", "data.cache=8", "data.root=",
-        "flow.sigma=0.1", "world.texture=0", "tae.steps=2", "tae.batch=2", "tae.lr=1e-3", "tae.channels=4", "tae.widths=[8,8,16]",
+        "flow.sigma=0.1", "t_mean=-0.5", "world.texture=0", "tae.steps=2", "tae.batch=2", "tae.lr=1e-3", "tae.channels=4", "tae.widths=[8,8,16]",
         "tae.blocks=[0,0]", "tae.spatial=4", "tae.temporal=4", "tae.tile=8", "text.dim=16", "text.depth=1", "text.heads=2",
         "text.length=96", "dit.dim=32", "dit.depth=2", "dit.heads=2", "dit.hidden=64", "dit.patch=2", "base.steps=2", "base.lr=1e-3",
         "videojam.steps=2", "videojam.lr=1e-3", "warmup=0", "cooldown=0", "sample.steps=4", "sample.emulated=20", "log_every=1", "save_every=1",

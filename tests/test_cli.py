@@ -18,6 +18,7 @@ import torch
 
 import data
 import flow
+import sample
 from conftest import ROOT, TINY, command
 
 
@@ -124,10 +125,12 @@ def test_every_option(run, tmp_path, monkeypatch, options):
     """Each guidance and switch runs, and stands in the settings."""
     assert script(monkeypatch, "sample.py", "a red square moving right", "--run", run, "--out", tmp_path / "x.gif", *options) is None
     settings = json.loads((tmp_path / "x.json").read_text())
-    names = {"--w-text": "w1", "--w-motion": "w2", "--no-motion": "no_motion"}
+    names = {"--w-text": "w1", "--w-motion": "w2", "--no-motion": "use_motion"}
     for flag, value in zip(options, [*options[1:], ""]):
         if flag.startswith("--"):
-            assert str(settings[names.get(flag, flag[2:].replace("-", "_"))]) in (value, value + ".0", "True")
+            assert str(settings[names.get(flag, flag[2:].replace("-", "_"))]) in ((value, value + ".0") if flag != "--no-motion" else ("False",))
+    assert None not in settings.values()                                        # what was used, not what was typed
+    assert frames_of(tmp_path / "x.gif").shape[2] == (256 if "control" in options or "--no-motion" in options else 512)
 
 
 def test_vbench_layout(run, tmp_path, monkeypatch):
@@ -154,6 +157,11 @@ def test_the_report_alone(run, monkeypatch, capsys):
     """python sample.py --report --stage base prints the numbers of that stage."""
     assert script(monkeypatch, "sample.py", "--report", "--stage", "base", "--run", run) in (None, 0)
     assert "samples of base" in capsys.readouterr().out and (run / "report-base.json").exists()
+    before = contents(run)
+    assert script(monkeypatch, "sample.py", "--report", "--w-motion", "0", "--seed", "7", "--run", run) in (None, 0)
+    numbers = json.loads((run / "report-videojam-w2-0.0-seed-7.json").read_text())
+    assert numbers["w2"] == 0 and numbers["seed"] == 7 and numbers["steps"] == 4
+    assert {name: digest for name, digest in contents(run).items() if name in before} == before, "a variant overwrote the run's own report"
 
 
 def test_steps_may_change_on_resume(run, monkeypatch):
@@ -202,6 +210,36 @@ def test_data_shows_what_train_would_see(tmp_path, monkeypatch):
     expected = ((clip + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert (picture[:64:2, :64:2] == expected).all() and (picture[1:64:2, 1:64:2] == expected).all()
     assert "did you mean 'height'" in one_line(script(monkeypatch, "data.py", "hieght=32"), "data.py: ")
+
+
+@pytest.mark.parametrize("args", [["tae.steps=3"], ["tae.steps=3", "stages=tae"], ["base.steps=3", "stages=base"]])
+def test_a_stage_that_others_stand_on_is_not_trained_on(run, monkeypatch, args):
+    """More steps for the TAE or the base would leave the later stages' weights without what they were trained on: one line, the run as it was."""
+    before = contents(run)
+    assert "stand on what it is now" in one_line(script(monkeypatch, "train.py", *TINY, f"run={run}", *args), "train.py: ")
+    assert contents(run) == before
+
+
+def test_latents_of_another_tae_are_refused(run, monkeypatch):
+    """Sampling with a TAE other than the one that made the DiT's latents would show noise: one line."""
+    saved = torch.load(run / "tae.pt", weights_only=True)
+    name = next(iter(saved["weights"]))
+    saved["weights"][name] = saved["weights"][name] + 1
+    saved["checksum"] = sample.checksum(saved["weights"])
+    torch.save(saved, run / "tae.pt")
+    assert "another tae.pt" in one_line(script(monkeypatch, "sample.py", "a red square moving right", "--run", run), "sample.py: ")
+
+
+def test_samples_at_intervals(run, monkeypatch):
+    """sample_every: a sheet and a clip per interval, and the training is not touched by it. Reference: the weights of the run without."""
+    for every, name in ((0, "without"), (1, "with")):
+        new = run.with_name(name)
+        new.mkdir()
+        shutil.copy(run / "tae.pt", new)
+        assert script(monkeypatch, "train.py", *TINY, f"run={new}", "stages=base", "base.steps=3", f"sample_every={every}", "log_every=2") is None
+    assert {"base-1.png", "base-2.mp4", "base-3.png"} <= {p.name for p in (new / "samples").iterdir()}
+    a, b = (sample.read_weights(run.with_name(name) / "base.pt")["checksum"] for name in ("without", "with"))
+    assert a == b
 
 
 @pytest.fixture
@@ -287,7 +325,8 @@ def test_a_loss_that_explodes(run, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     ([], "no prompt"), (["--prompts", "EMPTY"], "no prompt"), (["--prompts", "nowhere.txt"], "no such file"), (["--prompts", "FOLDER"], "FOLDER"),
     (["hello", "--steps", "1"], "schedule"), (["hello", "--steps", "0"], "schedule"), (["hello", "--count", "0"], "--count 0"),
-    (["hello", "--device", "abacus"], "abacus"), (["hello", "--out", "FOLDER/x.txt"], "mp4"), (["hello", "--stage", "base"], "train the base first"),
+    (["hello", "--device", "abacus"], "abacus"), (["hello", "--device", "cuda:99"], "device=cuda:99"), (["hello", "--out", "FOLDER/v.1"], "without a dot"),
+    (["hello", "--out", "EMPTY"], "EMPTY"), (["hello", "--out", "FOLDER/x.txt"], "mp4"), (["hello", "--stage", "base"], "train the base first"),
     (["hello", "--seed", "-1"], None)])
 def test_a_bad_sample_command(run, tmp_path, monkeypatch, args, words):
     """Empty prompt lists, impossible schedules, unknown endings and devices, a missing stage: one line, nothing written or changed."""

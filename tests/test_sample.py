@@ -113,6 +113,29 @@ def parts(z):
             response(zero_d, text[2:].expand(2, -1, -1), t))
 
 
+def test_equation_7_gives_equation_8():
+    """Eq. 7's product of densities has Eq. 8's combination as its score. Reference: autograd through the log of the product, p(y | z) and p(d | x, y)
+    by Bayes from one random Gaussian of (x, d, y), where every conditional score is known; 1e-9: float64."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 3, generator=g, dtype=torch.float64)
+    cov, w1, w2 = a @ a.T + 0.1 * torch.eye(3), 5.0, 3.0
+    at = torch.randn(3, generator=g, dtype=torch.float64)                       # x, d, y
+
+    def logp(v, rows):                                                          # log density of the marginal of these rows
+        return torch.distributions.MultivariateNormal(torch.zeros(len(rows), dtype=v.dtype), cov[rows][:, rows]).log_prob(v[rows])
+
+    def score(f):
+        z = at[:2].clone().requires_grad_()
+        return torch.autograd.grad(f(torch.cat([z, at[2:]])), z)[0]             # with respect to [x, d]
+
+    product = lambda v: ((logp(v, [0, 1, 2]) - logp(v, [2])) + w1 * (logp(v, [0, 1, 2]) - logp(v, [0, 1]))
+                         + w2 * (logp(v, [0, 1, 2]) - logp(v, [0, 2])))
+    u, u_no_text = score(lambda v: logp(v, [0, 1, 2]) - logp(v, [2])), score(lambda v: logp(v, [0, 1]))
+    u_no_motion = score(lambda v: logp(v, [0, 2]) - logp(v, [2]))
+    assert u_no_motion[1] == 0                                                  # p(x | y) has no score on d (choice 4)
+    torch.testing.assert_close(score(product), sample.inner_guidance(u, u_no_text, u_no_motion, w1, w2), rtol=1e-9, atol=1e-9)
+
+
 CASES = {  # the velocity that is expected for (appearance, motion), from the four parts; by hand, from Eq. 8 and App. A
     ("inner", True, "literal"): lambda u, no_y, no_d, none: (9 * u - 5 * no_y - 3 * no_d,) * 2,
     ("inner", True, "text"): lambda u, no_y, no_d, none: (9 * u - 5 * no_y - 3 * no_d, 6 * u - 5 * no_y),
@@ -187,7 +210,7 @@ def test_the_sampler_yields_every_state():
     model = Fake()
     found = states(model, 10)
     assert [k for k, _, _ in found] == list(range(11))
-    times = sample.linear_quadratic_schedule(10, 5, 20)
+    times = sample.linear_quadratic_schedule(10, 5, 50)                         # N = 20 for 4 steps, in proportion for 10
     assert [t for _, t, _ in found] == pytest.approx(times.tolist()) and found[0][1] == 0 and found[-1][1] == 1
     assert torch.equal(found[0][2], sample.noise(model, [3, 4]))
     assert [t[0].item() for _, _, t in model.seen] == pytest.approx(times[:-1].tolist())

@@ -357,7 +357,7 @@ def test_what_the_net_is_given(fresh, monkeypatch):
         x, t = spy.dit[k][:2]
         v, keep = spy.loss[k]
         for row in range(4):
-            time, noise, keep_text, keep_motion = train.draw(0, step, row, (8, 2, 4, 4), 0.5, 0.5)
+            time, noise, keep_text, keep_motion = train.draw(0, step, row, (8, 2, 4, 4), 0.5, 0.5, -0.5)
             clip = train.clip_index(0, 4 * step + row, 8)
             expected = float(time) * latents.z[clip].numpy() + (1 - float(time)) * noise.numpy()
             np.testing.assert_allclose(x[row, :4], expected[:4], atol=1e-6)
@@ -501,6 +501,19 @@ def log(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def test_no_step_stands_twice_in_the_log(fresh, monkeypatch):
+    """Killed after logging what was not yet saved, and resumed: the log has each step once. Reference: the steps, counted."""
+    run = fresh("torn")
+    monkeypatch.setattr(train, "log_line", (lambda log_line: lambda *args, **kw: log_line(*args, **kw) or args[2] == 3 and 1 / 0)(train.log_line))
+    with pytest.raises(ZeroDivisionError):
+        go(run, "stages=base", "base.steps=4", "save_every=2")
+    assert [line["step"] for line in log(run)] == [1, 2, 3]
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "finale", lambda *args: None)
+    go(run, "stages=base", "base.steps=4", "save_every=2")
+    assert [line["step"] for line in log(run)] == [1, 2, 3, 4]
+
+
 def test_the_log_line(fresh, monkeypatch):
     """One JSON line per interval: step, loss, loss of appearance and motion, loss per tenth of t, clips per second, lr. Reference: the mean of
     the losses that joint_loss returned in those steps; loss = loss_x + share kept * loss_d (choice 7); the bins that were hit are those of the
@@ -513,7 +526,7 @@ def test_the_log_line(fresh, monkeypatch):
     assert [line["step"] for line in lines] == [2, 4, 5] and all(line["stage"] == "videojam" for line in lines)
     for line, steps in zip(lines, ((0, 1), (2, 3), (4,))):
         assert line["loss"] == pytest.approx(np.mean([losses[s].item() for s in steps]), abs=2e-5)
-        drawn = [train.draw(0, 2 + s, row, (8, 2, 4, 4), 0.3, 0.5) for s in steps for row in range(4)]
+        drawn = [train.draw(0, 2 + s, row, (8, 2, 4, 4), 0.3, 0.5, -0.5) for s in steps for row in range(4)]
         hits = np.histogram([float(t) for t, *_ in drawn], bins=10, range=(0, 1))[0]
         assert len(line["loss_x_by_t"]) == 10 and [x is not None for x in line["loss_x_by_t"]] == (hits > 0).tolist()
         mean = sum(x * n for x, n in zip(line["loss_x_by_t"], hits) if n) / hits.sum()
@@ -551,6 +564,7 @@ def test_a_state_of_another_parent_is_refused(fresh):
     """A half-trained videojam does not go on when its base was trained anew: ValueError that says what to delete."""
     run = fresh("parent", "base")
     go(run, "stages=videojam", "videojam.steps=2")
+    (run / "base.pt").unlink()
     go(run, "stages=base", "base.steps=3")
     with pytest.raises(ValueError, match="videojam.pt was trained on another base"):
         go(run, "stages=videojam", "base.steps=3", "videojam.steps=3")

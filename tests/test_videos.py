@@ -145,6 +145,14 @@ def test_captions(tmp_path, table):
         assert [clip["caption"] for clip in VideoFolder(tmp_path, 8, 32, 32, 12)] == list(captions.values())
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "a.txt"])
+def test_captions_that_are_not_utf8_are_named(tmp_path, name):
+    write(tmp_path / "a.mp4", ramp(8))
+    (tmp_path / name).write_bytes("file_name,text\na.mp4,un carr\u00e9 rouge\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} that are not UTF-8"):
+        VideoFolder(tmp_path, 8, 32, 32, 12)
+
+
 def test_captions_that_do_not_match_are_named(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write(tmp_path / name, ramp(8))
