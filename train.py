@@ -34,7 +34,7 @@ import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
-LONGER = "run=runs/hour data.cache=20000 tae.steps=6000 base.steps=2000 videojam.steps=11000"
+LONGER = "run=runs/hour data.cache=20000 tae.steps=6000 base.steps=2000 videojam.steps=11000 videojam.lr=2e-3"
 MAY_CHANGE = ("stages", "device", "plan", "run", "micro_batch", "log_every", "save_every", "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
@@ -247,7 +247,8 @@ def precision(config, device):
 def forget_lines(path, stage, step):
     """Drop the log's lines of a stage's steps that are about to be taken again."""
     if RANK == 0 and path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if (got := json.loads(line))["stage"] != stage or got["step"] <= step]
+        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]    # a kill may have torn the last
+        lines = [line for line in whole if (got := json.loads(line))["stage"] != stage or got["step"] <= step]
         path.write_text("".join(lines))
 
 
