@@ -168,21 +168,15 @@ def guided_velocity(model, z, t, text, mask, guidance, w1, w2, motion_on, use_mo
     return out
 
 
-def settle(model, steps=None, w1=None, w2=None, guidance="inner", motion_steps=None, use_motion=True):
+def settle(model, steps=None, w1=None, w2=None, guidance="inner", motion_steps=None, use_motion=True, emulated=None):
     """The sampler's settings, the config's where none is given: a dict. Motion guides in the first half of the steps (sec. 4.3)."""
     c = model.config["sample"]
     steps = c["steps"] if steps is None else steps
+    emulated = round(c["emulated"] * steps / c["steps"]) if emulated is None else emulated     # N in proportion to S: the same curve
     if not model.motion and guidance in ("inner", "ip2p"):
         guidance = "text"                                                       # the base and the control predict no motion
     return dict(steps=steps, w1=c["w_text"] if w1 is None else w1, w2=c["w_motion"] if w2 is None else w2, guidance=guidance,
-                motion_steps=steps // 2 if motion_steps is None else motion_steps, use_motion=use_motion and model.motion)
-
-
-def schedule(config, steps=None):
-    """The config's times for `steps` steps: half of them linear, N in the config's proportion to the steps (README, choice 5)."""
-    c = config["sample"]
-    steps = c["steps"] if steps is None else steps
-    return linear_quadratic_schedule(steps, steps // 2, round(c["emulated"] * steps / c["steps"]))
+                motion_steps=steps // 2 if motion_steps is None else motion_steps, use_motion=use_motion and model.motion, emulated=emulated)
 
 
 @torch.no_grad()
@@ -194,7 +188,7 @@ def sampler(model, prompts, seeds, start=0, z=None, **options):
     if not prompts:
         raise ValueError("no prompt: found an empty list, expected at least one text")
     o, C = settle(model, **options), nets.latent_size(model.config)[0]
-    times = schedule(model.config, o["steps"]).to(model.device)
+    times = linear_quadratic_schedule(o["steps"], o["steps"] // 2, o["emulated"]).to(model.device)     # L = S / 2 (README, choice 5)
     text, mask = model.text([*prompts, ""])
     z = noise(model, seeds) if z is None else z
     yield start, times[start].item(), z
@@ -379,6 +373,7 @@ def arguments(argv=None):
     p.add_argument("--run", default="runs/tiny")
     p.add_argument("--stage", default="videojam", choices=("videojam", "base", "control"))
     p.add_argument("--steps", type=int, help="Euler steps (default: the config's)")
+    p.add_argument("--emulated", type=int, help="N of the schedule (default: the config's, in proportion to the steps)")
     p.add_argument("--w-text", type=float, dest="w1")
     p.add_argument("--w-motion", type=float, dest="w2")
     p.add_argument("--guidance", default="inner", choices=GUIDANCE)
@@ -397,7 +392,7 @@ def main(argv=None):
     a = arguments(argv)
     model = load_run(a.run, a.stage, a.device)
     model.config["guide_motion"] = a.guide_motion or model.config["guide_motion"]
-    options = dict(steps=a.steps, w1=a.w1, w2=a.w2, guidance=a.guidance, motion_steps=a.motion_steps, use_motion=not a.no_motion)
+    options = dict(steps=a.steps, w1=a.w1, w2=a.w2, guidance=a.guidance, motion_steps=a.motion_steps, use_motion=not a.no_motion, emulated=a.emulated)
     if a.report:
         return report(model, a.seed, **options)
     prompts = list(a.prompt)

@@ -120,7 +120,7 @@ def test_count_and_several_prompts(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [["--guidance", "inner", "--w-text", "2", "--w-motion", "1"], ["--guidance", "ip2p"], ["--guidance", "text"],
-                                     ["--guidance", "none"], ["--no-motion"], ["--steps", "6", "--motion-steps", "1"], ["--stage", "control"]])
+                                     ["--guidance", "none"], ["--no-motion"], ["--steps", "6", "--motion-steps", "1", "--emulated", "9"], ["--stage", "control"]])
 def test_every_option(run, tmp_path, monkeypatch, options):
     """Each guidance and switch runs, and stands in the settings."""
     assert script(monkeypatch, "sample.py", "a red square moving right", "--run", run, "--out", tmp_path / "x.gif", *options) is None
