@@ -1,0 +1,657 @@
+"""The paper's experiments on a world whose motion is known exactly: Fig. 3, Fig. 8, Tabs. 1 and 3, and the metrics they need.
+
+    python probe.py permute                                  # Fig. 3: does the loss notice that frames were shuffled?
+    python probe.py sdedit                                   # Fig. 8: by which step are motion and appearance settled?
+    python probe.py ablate                                   # Tabs. 1, 3: base, control, VideoJAM, its ablations, read from the pixels
+    torchrun --nproc_per_node=2 probe.py ablate --run runs/hour
+
+Results go to <run>/probe as CSV and PNG. Letters: T frames, H height, W width, z = [x, d] appearance and motion latents, t flow-matching
+time (0 noise, 1 data), k a step of the sampler's schedule; a law is a family of paths (line, circle, parabola ...), n its frames less one.
+"""
+import argparse
+import csv
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import flow
+import sample
+import train
+
+NOISE = types.SimpleNamespace(place=0.06, size=0.04, turn=0.06)                 # of a measurement: px, log radius, radians per frame
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VBench's aggregation, as the paper's tables use it.
+
+RANGES = dict(aesthetic=(0, 100), imaging=(0, 100), subject=(14.62, 100), background=(26.15, 100), smoothness=(70.6, 99.75), dynamic=(0, 100))
+
+
+# Tabs. 4, 5, 7 -> Tabs. 1, 2, 6
+def vbench_aggregate(**scores):
+    """VBench's six scores in percent (aesthetic, imaging, subject, background, smoothness, dynamic) -> (appearance, motion) in percent."""
+    s = {name: (scores[name] - low) / (high - low) for name, (low, high) in RANGES.items()}
+    return 25 * (s["aesthetic"] + s["imaging"] + s["subject"] + s["background"]), 100 * (s["smoothness"] + 0.5 * s["dynamic"]) / 1.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeing one object: where, how large, how turned, in which shape.
+
+def see(video, color):
+    """One colour in (3, T, H, W): mask (T, H, W), area (T,) px, centroid (T, 2) px, found (T,), value (T, H, W) its brightness."""
+    nearest, saturation = data._hues(video)
+    same = nearest == list(data.COLORS).index(color)
+    mask = saturation * same
+    area, centroid, found = data.track(video, color)
+    rgb = (video.clamp(-1, 1) + 1) / 2
+    value = rgb.amax(0)
+    # The centroid to a tenth of a pixel needs the half-covered rim, which the mask leaves out: its saturation says how far it is covered.
+    soft = (value - rgb.amin(0)) / value.clamp(min=1e-6) * same * F.max_pool2d((mask > 0).float(), 3, 1, 1)
+    ys, xs = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[2])
+    centroid = torch.where(found[:, None], torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None], centroid)
+    return types.SimpleNamespace(mask=mask, area=area * mask[0].numel(), centroid=centroid, found=found, value=value)
+
+
+def crop(images, centre, side, angle, points=25):
+    """(n, H, W) sampled on a square of half-width `side` (n,) px around `centre` (n, 2), turned by `angle` (n,): (n, points, points)."""
+    H, W = images.shape[-2:]
+    r = torch.linspace(-1, 1, points)
+    y, x = torch.meshgrid(r, r, indexing="ij")                                  # (points, points)
+    cos, sin, side = (v.view(-1, 1, 1) for v in (angle.cos(), angle.sin(), side))
+    u = centre[:, 0].view(-1, 1, 1) + side * (cos * x - sin * y)
+    v = centre[:, 1].view(-1, 1, 1) + side * (sin * x + cos * y)
+    at = torch.stack([2 * u / (W - 1) - 1, 2 * v / (H - 1) - 1], dim=-1)
+    return F.grid_sample(images[:, None], at.float(), align_corners=True)[:, 0]
+
+
+def turns(seen, limit=40, count=81):
+    """How far the texture turns from each frame to the next, in radians (T-1,): the best of `count` rotations up to `limit` degrees."""
+    mask = (seen.mask > 0).float()
+    mean = (seen.value * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True).clamp(min=1)
+    texture = F.avg_pool2d((((seen.value - mean) * mask)[None]), 3, 1, padding=1)[0]           # no step at the outline, no grid in the pixels
+    centre, T = seen.centroid.nan_to_num(), len(mask)
+    side = (1.3 * (mask.sum((1, 2)).max() / math.pi).sqrt() + 1).expand(T - 1)
+    angles = torch.linspace(-math.radians(limit), math.radians(limit), count)
+    before = crop(texture[:-1], centre[:-1], side, torch.zeros(T - 1))
+    error = torch.stack([(crop(texture[1:], centre[1:], side, a.expand(T - 1)) - before).square().sum((1, 2)) for a in angles], dim=1)
+    k, i = error.argmin(1).clamp(1, count - 2), torch.arange(T - 1)
+    left, mid, right = error[i, k - 1], error[i, k], error[i, k + 1]            # the vertex of the parabola through three
+    return angles[k] + (angles[1] - angles[0]) * (0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)).clamp(-0.5, 0.5)
+
+
+SPAN = 1.1                                                                      # half-width of a template, in square roots of the area
+
+
+@functools.lru_cache(maxsize=1)
+def templates():
+    """The world's shapes at 24 angles each, with unit area and centred on their centroid: (shapes, 24, points, points)."""
+    r = torch.linspace(-1.5, 1.5, 301)
+    y, x = torch.meshgrid(r, r, indexing="ij")
+    rows, angles = [], torch.arange(24) * (2 * math.pi / 24)
+    for name in data.SHAPES:
+        inside = (data.SDF[name](x, y) < 0).float()
+        area = inside.sum() * 0.01 ** 2
+        centre = torch.stack([(inside * x).sum(), (inside * y).sum()]) / inside.sum() / 0.01 + 150
+        rows.append(crop(inside.expand(24, -1, -1), centre.expand(24, 2), (SPAN * area.sqrt() / 0.01).expand(24), angles))
+    return torch.stack(rows)
+
+
+def shape_of(seen):
+    """The shape whose turned template overlaps the object best, averaged over the frames in which it was found."""
+    mask = (seen.mask[seen.found] > 0).float()
+    seen_as = crop(mask, seen.centroid[seen.found], SPAN * mask.sum((1, 2)).sqrt(), torch.zeros(len(mask)))       # (n, P, P)
+    a, b = seen_as[:, None, None], templates()[None]                            # (n, 1, 1, P, P), (1, shapes, 24, P, P)
+    overlap = torch.minimum(a, b).sum((3, 4)) / torch.maximum(a, b).sum((3, 4))
+    return data.SHAPES[overlap.amax(2).mean(0).argmax()]
+
+
+def parts(mask, least=3):
+    """The mean number of connected pieces of at least `least` pixels per frame of a mask (T, H, W): labels spread until they rest."""
+    on = mask > 0
+    label = torch.arange(1, on.numel() + 1.0).view(on.shape) * on
+    for _ in range(sum(on.shape[1:])):
+        label = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * on
+    return sum((torch.unique(frame[frame > 0], return_counts=True)[1] >= least).sum().item() for frame in label) / len(on)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Naming a motion: least squares of the tracks to every law, the best by Bayes' information criterion.
+
+@functools.lru_cache(maxsize=8)
+def laws(T, pair):
+    """name -> (its designs (L, T, P, k), the parameters beside the k linear ones). P = 2 numbers per frame, x and y, or 4 for a pair."""
+    t, n = torch.arange(T, dtype=torch.float64), max(T - 1, 1)
+    zero, one, table = torch.zeros(T, dtype=torch.float64), torch.ones(T, dtype=torch.float64), {}
+
+    def add(name, *columns, extra=0):                                           # a column is one function of t per number
+        still = [[one if i == j else zero for i in range(len(columns[0]) if columns else 2)] for j in range(len(columns[0]) if columns else 2)]
+        design = torch.stack([torch.stack(c, dim=1) for c in still + list(columns)], dim=2)
+        table.setdefault(name, ([], extra))[0].append(design)
+
+    x, y = lambda f: [f, zero], lambda f: [zero, f]
+    add("still")
+    add("line", x(t), y(t))
+    add("falling", y(t ** 2))
+    add("thrown", x(t), y(t), y(t ** 2))
+    wave = (2 * (t / n * 2 % 1) - 1).abs()
+    add("zigzag", x(t), y(t), x(wave), y(wave))
+    for hit in np.linspace(0.22, 0.38, 9) * n:                                  # the frame of the first bounce; heights in units of the drop
+        arcs, start, v = [], -hit, 2 / hit
+        for _ in range(10):
+            arcs.append(v * (t - start) - ((t - start) / hit) ** 2)
+            start, v = start + v * hit ** 2, data.RESTITUTION * v
+        add("bouncing", x(t), y(-torch.stack(arcs).amax(0)), extra=1)
+    for sweep in np.linspace(0.8, 6.6, 30):                                     # radians in all
+        for sign, turn in zip((1, -1), data.TURNS):
+            cos, sin = (sweep / n * t).cos(), sign * (sweep / n * t).sin()
+            add(f"orbiting {turn}", [cos, sin], [-sin, cos], extra=1)
+    if pair:                                                                    # the second object: at rest in all of the above
+        rest = lambda design: torch.cat([F.pad(design, (0, 0, 0, 2)), torch.stack([torch.stack([zero, zero, one, zero], 1),
+                                                                                  torch.stack([zero, zero, zero, one], 1)], 2)], dim=2)
+        table = {name: ([rest(design) for design in designs], extra) for name, (designs, extra) in table.items()
+                 if name in ("still", "line") or "orbit" in name}
+        axis = lambda i, f: [f if i == j else zero for j in range(4)]
+        add("crossing", *(axis(i, t) for i in range(4)))
+        for i in (0, 1):
+            for hit in np.linspace(0.35, 0.65, 13) * n:                         # equal masses: they exchange their velocities
+                before, after = (t - hit).clamp(max=0), (t - hit).clamp(min=0)
+                first, second = axis(i, before), axis(i, after)
+                first[i + 2], second[i + 2] = after, before
+                add("colliding", first, second, extra=2)
+    return {name: (torch.stack(designs), extra) for name, (designs, extra) in table.items()}
+
+
+def solve(design, target, weight):
+    """Weighted least squares of (..., N, k) to (N,): parameters (..., k) and the weighted sum of squares (...)."""
+    w = weight.sqrt()
+    p = torch.linalg.lstsq(design * w[:, None], (target * w).expand(*design.shape[:-1])[..., None]).solution[..., 0]
+    return p, ((design @ p[..., None])[..., 0] - target).square().mul(weight).sum(-1)
+
+
+def allowed(name, p, slow):
+    """Does the fitted law deserve its name? p (k,) begins with the place; `slow` px per frame is hardly a motion."""
+    if name == "falling":
+        return p[2] > 0
+    if name == "thrown":                                                        # up first: the apex lies within the clip
+        return p[4] > 0 and -p[3] / (2 * p[4]) > 0.15
+    if name == "bouncing":
+        return p[3] > 0
+    return name != "crossing" or min(p[4:6].norm(), p[6:8].norm()) > slow
+
+
+def name_motion(objects, turn, slow):
+    """The named object (and its partner) as `see` returns them, turn (T-1,) -> (motion or "line", {law: rms residual in px}, spin per frame).
+
+    Three measurements per frame, each over its noise: place, log radius, turn; the last two rest but for their own motions. With a partner the
+    laws are those of a pair, a line and standing still; without, all others.
+    """
+    T, pair = len(objects[0].area), len(objects) > 1
+    usual = [o.area[o.found].quantile(0.9) if o.found.any() else 1 for o in objects]
+    weight = [o.found.double() * torch.where(o.area < 0.85 * m, 0.02, 1.0) if pair else o.found.double() for o, m in zip(objects, usual)]      # half hidden
+    target = torch.cat([o.centroid for o in objects], 1).double().nan_to_num().flatten() / NOISE.place
+    weights = torch.stack(weight, 1).repeat_interleave(2, 1).flatten()
+    time, ones = torch.arange(T, dtype=torch.float64), torch.ones(T, dtype=torch.float64)
+    size = 0.5 * objects[0].area.double().clamp(min=1e-3).log() / NOISE.size
+    both = torch.minimum(weight[0][1:], weight[0][:-1])
+    (_, steady), (growth, grows) = solve(ones[:, None], size, weight[0]), solve(torch.stack([ones, time], 1), size, weight[0])
+    rests, (spin, spins) = (turn.double() / NOISE.turn).square().mul(both).sum(), solve(ones[1:, None], turn.double() / NOISE.turn, both)
+    spinning = f"spinning {data.TURNS[int(spin[0] < 0)]}"
+    N, best, residual = target.numel() + 2 * T - 1, {}, {}
+
+    def enter(name, rss, k):
+        best[name] = min(best.get(name, math.inf), (N * (1 + rss / N).log() + k * math.log(N)).item())
+
+    for name, (designs, extra) in laws(T, pair).items():
+        p, rss = solve(designs.flatten(1, 2), target, weights)
+        for i in rss.argsort()[:5]:
+            if allowed(name, p[i] * NOISE.place, slow) and (pair or "orbit" not in name):
+                enter(name, rss[i] + steady + rests, designs.shape[-1] + extra)
+                break
+        residual[name] = NOISE.place * (rss.min() / weights.sum().clamp(min=1)).sqrt().item()
+        if not pair and name in ("still", spinning.replace("spinning", "orbiting")):            # a turning triangle's centroid goes round
+            enter(spinning, rss.min() + steady + spins, designs.shape[-1] + extra + 1)
+        if name == "still" and not pair:
+            enter("growing" if growth[1] > 0 else "shrinking", rss.min() + grows + rests, designs.shape[-1] + 1)
+            radius = (size * NOISE.size).exp()                                  # a triangle's centroid lies below its middle: it moves with the size
+            column = torch.stack([torch.zeros_like(radius), radius], 1)
+            p2, rss2 = solve(torch.cat([designs[0], column[..., None]], 2).flatten(0, 1), target, weights)
+            enter("growing" if growth[1] > 0 else "shrinking", rss2 + grows + rests, designs.shape[-1] + 2)
+            residual["growing"] = residual["shrinking"] = NOISE.place * (rss2 / weights.sum().clamp(min=1)).sqrt().item()
+    for turn in data.TURNS:
+        residual[f"spinning {turn}"] = min(residual["still"], residual[f"orbiting {turn}"])
+    return min(best, key=best.get), residual, (spin[0] * NOISE.turn).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All metrics of one clip.
+
+def tracked_flow(seen, turn, step=1):
+    """The object's pixels carried along by its measured motion over `step` frames, 0 elsewhere: (2, T-step, H, W) px."""
+    T, H, W = seen.mask.shape
+    c, c2 = seen.centroid[:-step].nan_to_num(), seen.centroid[step:].nan_to_num()
+    grow = (seen.area[step:] / seen.area[:-step].clamp(min=1)).sqrt().view(-1, 1, 1)
+    angle = F.avg_pool1d(turn[None], step, 1)[0].view(-1, 1, 1) * step                         # the turns of these frames, added
+    ys, xs = torch.arange(H)[:, None], torch.arange(W)
+    dx, dy = xs - c[:, 0].view(-1, 1, 1), ys - c[:, 1].view(-1, 1, 1)                          # (T-step, H|1, W|1)
+    u = grow * (angle.cos() * dx - angle.sin() * dy) - dx + (c2 - c)[:, 0].view(-1, 1, 1)
+    v = grow * (angle.sin() * dx + angle.cos() * dy) - dy + (c2 - c)[:, 1].view(-1, 1, 1)
+    seen_twice = (seen.found[:-step] & seen.found[step:]).view(-1, 1, 1)
+    return torch.stack([u, v]) * ((seen.mask[:-step] > 0) & seen_twice)
+
+
+def dynamic(seen, turn, fps):
+    """VBench's dynamic degree: are at least 4 n / 16 of the n looks at the clip moving, by the top 5 % of their pixels?"""
+    step = min(max(1, round(fps / 8)), len(seen.area) - 1)
+    d = tracked_flow(seen, turn, step)[:, ::step].norm(dim=0).flatten(1)                       # (n, H W)
+    top = d.topk(max(1, int(0.05 * d.shape[1])), dim=1).values.mean(1)
+    return bool((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
+
+
+def read_clip(video, words, motion=None, sigma=0.15, fps=8):
+    """Every metric of one clip (3, T, H, W) against the words of its prompt; motion: the flow that was generated with it, (2, T, H, W) px.
+
+    nan: does not apply (direction of a spin), or cannot be known because the named object is lost. A lost object is never right.
+    """
+    nan, named = math.nan, words["objects"][0]
+    others = [o["color"] for o in words["objects"][1:]]
+    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction_error=nan, speed=nan, spin=nan, jerk=nan, area_variation=nan, parts=nan,
+               dynamic=0.0, warp=nan, agreement=nan, area=nan, read_as="lost")
+    objects = [see(video, o["color"]) for o in words["objects"][:1 + (words["motion"] in data.PAIRED)]]
+    seen = objects[0]
+    row["found"] = seen.found.float().mean().item()
+    rest = {color: see(video, color).area.sum() for color in data.COLORS if color not in others}
+    row["colour"] = float(rest[named["color"]] > 0 and max(rest, key=rest.get) == named["color"])
+    if seen.found.sum() < max(3, len(seen.found) / 2):
+        return row
+    turn = turns(seen)
+    slow = 0.25 * min(video.shape[-2:]) / 64                                    # a third of the slowest named motion, px per frame
+    read_as, residual, spin = name_motion(objects, turn, slow)
+    angle, speed = data.direction(seen.centroid, seen.found)
+    if read_as == "line":
+        read_as = data.nearest_direction(angle)
+    law = words["motion"] if words["motion"] in residual else "line"
+    if words["motion"] in data.DIRECTIONS:
+        aim = math.degrees(math.atan2(*data.DIRECTIONS[words["motion"]][::-1]))
+        row["direction_error"] = abs((angle - aim + 180) % 360 - 180)
+    shown = seen.found & (seen.area > 0.85 * seen.area[seen.found].median()) if len(objects) > 1 else seen.found
+    radius, t = 0.5 * seen.area[shown].double().log(), torch.nonzero(shown)[:, 0].double()
+    trend = torch.stack([torch.ones_like(t)] + [t] * (words["motion"] in ("growing", "shrinking")), 1)
+    row["area_variation"] = (2 * (radius - (trend @ torch.linalg.lstsq(trend, radius[:, None]).solution)[:, 0])).std().item()
+    d, mask = tracked_flow(seen, turn), seen.mask[:-1] > 0                      # (2, T-1, H, W), (T-1, H, W)
+    back = torch.stack([2 * (d[0] + torch.arange(mask.shape[2])) / (mask.shape[2] - 1) - 1,
+                        2 * (d[1] + torch.arange(mask.shape[1])[:, None]) / (mask.shape[1] - 1) - 1], dim=-1)
+    carried = F.grid_sample(video[:, 1:].transpose(0, 1), back.float(), align_corners=True)    # frame t+1 brought back onto t
+    row["warp"] = (carried - video[:, :-1].transpose(0, 1)).abs().mean(1)[mask].mean().item() / 2
+    if motion is not None:                                                      # what the model said against what it drew
+        pairs = shown[:-1] & shown[1:]
+        core = -F.max_pool2d(-seen.mask[:-1], 3, 1, 1)                          # without the rim, whose flow is half the background's
+        share = core / core.sum((1, 2), keepdim=True).clamp(min=1e-6)
+        said, drew = ((v * share).sum((2, 3)) for v in (motion[:, :-1], d))     # (2, T-1) px
+        row["agreement"] = (said - drew).norm(dim=0)[pairs].mean().item()
+    row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == words["motion"]), speed=speed, spin=spin, jerk=residual[law],
+               parts=parts(seen.mask), dynamic=float(dynamic(seen, turn, fps)), area=(seen.area[shown].mean() / mask[0].numel()).item(), read_as=read_as)
+    return row
+
+
+def bootstrap(values, draws=1000):
+    """Mean of the values that are not nan, and its 95 % interval by resampling the clips: (mean, low, high)."""
+    v = np.asarray(values, dtype=float)
+    v = v[~np.isnan(v)]
+    if len(v) == 0:
+        return math.nan, math.nan, math.nan
+    means = v[np.random.default_rng(0).integers(len(v), size=(draws, len(v)))].mean(1)
+    return (v.mean(), *np.quantile(means, (0.025, 0.975)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by the experiments.
+
+def load(a, stages):
+    """Those of the stages that the run has, name -> model; says how to train a missing one."""
+    models = {}
+    for stage in stages:
+        if (pathlib.Path(a.run) / f"{stage}.pt").exists():
+            models[stage] = sample.load_run(a.run, stage, a.device)
+        else:
+            train.print0(f"no {stage}.pt in {a.run}; to compare with it: python train.py run={a.run} stages=tae,base,{stage}")
+    if not models:
+        raise FileNotFoundError(f"{a.run} has none of {', '.join(stages)}: train first, python train.py run={a.run}")
+    config = next(iter(models.values())).config
+    if config["data"]["root"]:
+        raise ValueError(f"{a.run} was trained on {config['data']['root']}: the probe needs the embedded world, whose motion is known exactly")
+    return models, config
+
+
+def gather(rows):
+    """The rows of all ranks, in order of rank."""
+    if train.WORLD == 1:
+        return rows
+    lists = [None] * train.WORLD
+    dist.all_gather_object(lists, rows)
+    return [row for part in lists for row in part]
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def plot(path, lines, xlabel, ylabel):
+    """lines: label -> (x, middle, low, high). The numbers are in the CSV; without matplotlib there is no picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no curve: matplotlib is missing, pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for label, (x, middle, low, high) in lines.items():
+        axes.fill_between(x, low, high, alpha=0.25)
+        axes.plot(x, middle, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fig. 3
+
+def shuffle(clips, frames, seed):
+    """One permutation of the frames per clip, never the identity: (B, T)."""
+    rows = []
+    for i in range(clips):
+        g = train.generator(seed, "permute", i)
+        p = torch.randperm(frames, generator=g)
+        while frames > 1 and (p == torch.arange(frames)).all():
+            p = torch.randperm(frames, generator=g)
+        rows.append(p)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def permute(a):
+    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t."""
+    models, config = load(a, ("base", "control", "videojam"))
+    device, tae, sigma, C = (one := next(iter(models.values()))).device, one.tae, config["flow"]["sigma"], config["tae"]["channels"]
+    world, T, S = data.open_data(config, "test"), config["frames"], config["sample"]["steps"]
+    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
+    axis = [("schedule", k, times[k].item()) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
+    order, rows = shuffle(a.clips, T, a.seed), []
+    for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
+        index = list(range(first, min(first + 32, a.clips)))
+        got, p = world.batch(index, device), order[index]
+        shuffled = torch.stack([v[:, q] for v, q in zip(got["video"], p)])
+        # The exact flow of the shuffled clip takes its frame k, which is frame p_k, to frame p_k+1; the last one on as before.
+        own = torch.stack([data.flow_between([spec], q.tolist(), [*q[1:].tolist(), q[-1].item() + 1], *world.shape[1:], device)[0]
+                           for spec, q in zip(got["spec"], p)])
+        encode = lambda video, d: train.encode(tae, dict(video=video, flow=d), sigma)
+        z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
+        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(device)
+        for stage, model in models.items():
+            text, mask = model.text(got["caption"])
+            for kind, k, t in axis:
+                ts = torch.full((len(index),), t, device=device)
+                for which in ("clean", "own", "original") if model.motion else ("clean", "own"):
+                    z1, z0 = (z[which], noise) if model.motion else (z[which][:, :C], noise[:, :C])
+                    u, v = model.dit(train.interpolate(z1, z0, ts), ts, text, mask), train.velocity(z1, z0)
+                    x, d = train.mse(u[:, :C], v[:, :C]), train.mse(u[:, C:], v[:, C:]) if model.motion else [math.nan] * len(index)
+                    rows += [dict(model=stage, axis=kind, step=k, t=t, clip=i, frames=which, loss_x=float(lx), loss_d=float(ld))
+                             for i, lx, ld in zip(index, x, d)]
+    rows = gather(rows)
+    return rows if train.RANK else report_permute(a, rows, S)
+
+
+def report_permute(a, rows, steps):
+    """The ratio permuted / clean per model and t, with intervals over the clips."""
+    losses = {}
+    for r in rows:
+        losses.setdefault((r["model"], r["axis"], r["step"], r["t"]), {}).setdefault(r["frames"], {})[r["clip"]] = (r["loss_x"], r["loss_d"])
+    table, lines = [], {}
+    for (model, axis, step, t), by in losses.items():
+        clean = np.array([by["clean"][i] for i in sorted(by["clean"])])         # (clips, 2)
+        for which in [w for w in ("own", "original") if w in by]:
+            other = np.array([by[which][i] for i in sorted(by["clean"])])
+            for what, c, o in (("appearance", clean[:, 0], other[:, 0]), ("joint", clean.sum(1), other.sum(1))):
+                if not np.isnan(c).any():
+                    draws = np.random.default_rng(0).integers(len(c), size=(1000, len(c)))
+                    low, high = np.quantile(o[draws].mean(1) / c[draws].mean(1), (0.025, 0.975))
+                    table.append(dict(model=model, axis=axis, step=step, t=round(t, 4), flow_of=which, loss=what, clean=c.mean(), permuted=o.mean(),
+                                      ratio=o.mean() / c.mean(), low=low, high=high))
+    out = pathlib.Path(a.run) / "probe"
+    write_csv(out / "permute.csv", table)
+    print(f"\nappearance loss, permuted / clean, {a.clips} clips [95 %]\n{'step of ' + str(steps):>10}{'t':>7}", end="")
+    models = list(dict.fromkeys(r["model"] for r in table))
+    print("".join(f"{m:>22}" for m in models))
+    main = [r for r in table if r["loss"] == "appearance" and r["flow_of"] == "own"]
+    for step, t in dict.fromkeys((r["step"], r["t"]) for r in main if r["axis"] == "schedule"):
+        cells = [next(r for r in main if r["model"] == m and r["axis"] == "schedule" and r["step"] == step) for m in models]
+        print(f"{step:>10}{t:>7.3f}" + "".join("{:>22}".format("{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**c)) for c in cells))
+    for axis, label in (("schedule", "step"), ("uniform", "t")):
+        for m in models:
+            r = [r for r in main if r["model"] == m and r["axis"] == axis]
+            lines[m] = ([c[label] for c in r], [c["ratio"] for c in r], [c["low"] for c in r], [c["high"] for c in r])
+        plot(out / f"permute-{axis}.png", lines, f"step of {steps}" if axis == "schedule" else "t", "appearance loss, permuted / clean")
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fig. 8
+
+@torch.no_grad()
+def sdedit(a):
+    """Fig. 8: noise a clip to step k, finish the generation with its own caption, and see what of the clip is left."""
+    models, config = load(a, ("videojam",) if a.stage is None else (a.stage,))
+    (stage, model), = models.items()
+    sigma, C, S = config["flow"]["sigma"], config["tae"]["channels"], config["sample"]["steps"]
+    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
+    world, steps, rows, kept = data.open_data(config, "test"), sorted({round(S * p / 100) for p in range(0, 101, 10)}), [], {}
+    for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
+        index = list(range(first, min(first + 32, a.clips)))
+        got = world.batch(index, model.device)
+        z1 = train.encode(model.tae, got, sigma)[:, :(2 if model.motion else 1) * C]
+        z0 = sample.noise(model, [a.seed + i for i in index])
+        for k in steps:
+            z = train.interpolate(z1, z0, times[k].to(model.device).expand(len(index)))
+            for _, _, z in sample.sampler(model, got["caption"], index, start=k, z=z):
+                pass
+            video, motion = (None if v is None else v.cpu() for v in sample.decode(model, z))
+            if first == 0:
+                kept[k] = video, motion
+            for i, clip, truth, spec in zip(index, video, got["video"].cpu(), got["spec"]):
+                seen, was = see(clip, spec["objects"][0]["color"]), see(truth, spec["objects"][0]["color"])
+                both = seen.found & was.found
+                gap = (seen.centroid - was.centroid)[both]
+                rows.append(dict(step=k, percent=100 * k / S, t=times[k].item(), clip=i, psnr=sample.psnr(clip[None], truth[None]),
+                                 found=seen.found.float().mean().item(), place_px=gap.norm(dim=1).mean().item(),
+                                 path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
+    rows = gather(rows)
+    if train.RANK:
+        return rows
+    out, table = pathlib.Path(a.run) / "probe", []
+    for k in steps:
+        here, row = [r for r in rows if r["step"] == k], dict(step=k, percent=100 * k / S, t=round(times[k].item(), 4))
+        for name in ("psnr", "found", "place_px", "path_px"):
+            row[name], row[f"{name}_low"], row[f"{name}_high"] = bootstrap([r[name] for r in here])
+        table.append(row)
+    write_csv(out / "sdedit.csv", table)
+    print(f"\n{stage}: what is left of the source, {a.clips} clips [95 %]; place: distance of the object's centre, path: the same after a common shift")
+    print(f"{'step':>5}{'%':>5}{'t':>7}{'PSNR dB':>22}{'place px':>22}{'path px':>22}")
+    for r in table:
+        cell = lambda name: "{:>22}".format(f"{r[name]:.2f} [{r[name + '_low']:.2f}, {r[name + '_high']:.2f}]")
+        print(f"{r['step']:>5}{r['percent']:>5.0f}{r['t']:>7.3f}" + cell("psnr") + cell("place_px") + cell("path_px"))
+    column = lambda name: [r[name] for r in table]
+    plot(out / "sdedit.png", {label: [column("percent")] + [[v / max(column(name)) for v in column(name + end)] for end in ("", "_low", "_high")]
+                              for name, label in (("place_px", "place"), ("path_px", "path"))}, "% of the steps", "distance from the source, of its largest")
+    got, sheet = world.batch(range(min(3, a.clips))), []
+    for i in range(min(3, a.clips)):                                            # the source, then finished from 20, 60, 80 % of the steps
+        painted = flow.flow_to_rgb(got["flow"], sigma)
+        sheet += sample.interleave(got["video"][i:i + 1], painted[i:i + 1])
+        for k in sorted({min(steps, key=lambda s: abs(s - S * p / 100)) for p in (20, 60, 80)}):
+            video, motion = kept[k]
+            sheet += sample.interleave(video[i:i + 1], None if motion is None else motion[i:i + 1])
+    sample.write_sheet(out / "sdedit-sheet.png", sheet)
+    print(out / "sdedit-sheet.png")
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tabs. 1 and 3
+
+VARIANTS = {                                                                    # name -> (stage, how to sample)
+    "base": ("base", {}), "control": ("control", {}), "VideoJAM": ("videojam", {}),
+    "without text guidance": ("videojam", dict(w1=0.0)), "without Inner-Guidance": ("videojam", dict(w2=0.0)),
+    "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
+    "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
+}
+SHARES = ("found", "colour", "shape", "motion", "dynamic")
+COLUMNS = ("found", "colour", "shape", "motion", "direction_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
+
+
+def clips_of(a, name, prompts):
+    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made 32 at a time and kept; one already made is not made again."""
+    stage, options = VARIANTS[name]
+    model = sample.load_run(a.run, stage, a.device)
+    if name.startswith("Eq. 8"):
+        model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
+    key = json.dumps([sample.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"], options, model.config["sample"], model.config["guide_motion"], a.seed])
+    folder, parts_of = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(prompts), 32):
+        path, some = folder / f"{first}.pt", prompts[first:first + 32]
+        saved = torch.load(path, weights_only=True) if path.exists() else {}
+        if saved.get("key") != key or saved.get("prompts") != some:
+            if (first // 32) % train.WORLD == train.RANK:
+                video, motion = sample.generate(model, some, [a.seed + first + i for i in range(len(some))], bar=train.RANK == 0, **options)
+                byte = lambda v: None if v is None else ((v + 1) * 127.5).round().byte()
+                saved = dict(key=key, prompts=some, video=byte(video), motion=byte(motion))
+                torch.save(saved, f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)
+        parts_of.append(path)
+    train.barrier()
+    parts_of = [torch.load(path, weights_only=True) for path in parts_of]
+    whole = lambda what: None if parts_of[0][what] is None else torch.cat([p[what] for p in parts_of]).float() / 127.5 - 1
+    return whole("video"), whole("motion")
+
+
+def score(name, video, flows, prompts, config):
+    """One row of metrics per clip."""
+    rows = []
+    for i in range(train.RANK, len(prompts), train.WORLD):
+        words = data.parse(prompts[i])
+        row = read_clip(video[i], words, None if flows is None else flows[i], config["flow"]["sigma"], config["fps"])
+        rows.append(dict(variant=name, clip=i, prompt=prompts[i], kind=words["kind"], asked=words["motion"], **row))
+    return sorted(gather(rows), key=lambda r: r["clip"])
+
+
+@torch.no_grad()
+def ablate(a):
+    """Tabs. 1 and 3 on 128 held-out prompts, the same seeds for all: every metric, by kind of motion and by the size of the object."""
+    models, config = load(a, ("base", "control", "videojam"))
+    sigma, wanted = config["flow"]["sigma"], list(data.PROMPTS)
+    if a.prompts:
+        if not pathlib.Path(a.prompts).is_file():
+            raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
+        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
+    wanted, unread = wanted[:a.clips], []
+    for prompt in wanted:
+        try:
+            data.parse(prompt)
+        except ValueError as error:
+            unread.append(prompt)
+            train.print0(f"{error}; sampled, shown, not scored")
+    prompts = [p for p in wanted if p not in unread]
+    if not wanted:
+        raise ValueError("no prompt: found an empty list, expected at least one text")
+    rows = []
+    if prompts:
+        truth = data.open_data(config, "test").of_prompts(prompts)
+        again = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
+        rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
+        rows += score("reconstructions", again[0], flow.rgb_to_flow(again[1], sigma), prompts, config)
+    sheet = []
+    for name, (stage, _) in VARIANTS.items():
+        if stage in models:
+            video, motion = clips_of(a, name, prompts + unread)
+            if prompts:
+                rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
+            sheet += sample.interleave(video[:1], None if motion is None else motion[:1])
+            if unread:
+                sheet += list(video[len(prompts):])
+    if train.RANK:
+        return rows
+    out = pathlib.Path(a.run) / "probe"
+    sample.write_sheet(out / "ablate.png", sheet)
+    if rows:
+        write_csv(out / "ablate-clips.csv", rows)
+        (out / "ablate.md").write_text(tables(rows))
+        print(tables(rows))
+    return rows
+
+
+def tables(rows):
+    """Markdown: all metrics per variant, then motion accuracy by kind and by size of the object (thirds of the ground truth; Fig. 7)."""
+    names = list(dict.fromkeys(r["variant"] for r in rows))
+
+    def cell(some, column):
+        mean, low, high = bootstrap([r[column] for r in some])
+        return "-" if math.isnan(mean) else "{:.0f} % [{:.0f}, {:.0f}]".format(100 * mean, 100 * low, 100 * high) if column in SHARES else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    table = lambda head, cells: "\n".join(["| " + " | ".join(["", *head]) + " |", "|---" * (len(head) + 1) + "|",
+                                           *("| " + " | ".join([n, *cells(n)]) + " |" for n in names)])
+    of = lambda name: [r for r in rows if r["variant"] == name]
+    size = {r["clip"]: r["area"] for r in of("ground truth")}
+    cut = np.nanquantile(list(size.values()), (1 / 3, 2 / 3))
+    third = lambda r: int(np.searchsorted(cut, size[r["clip"]]))
+    return "\n\n".join([
+        table(COLUMNS, lambda n: [cell(of(n), c) for c in COLUMNS]),
+        "Motion right, by kind:", table(data.KINDS, lambda n: [cell([r for r in of(n) if r["kind"] == kind], "motion") for kind in data.KINDS]),
+        "Motion right, by size of the object:", table(("small", "medium", "large"), lambda n: [cell([r for r in of(n) if third(r) == s], "motion") for s in range(3)])]) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = dict(permute=permute, sdedit=sdedit, ablate=ablate)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="The paper's experiments on the embedded world.")
+    p.add_argument("experiment", choices=EXPERIMENTS)
+    p.add_argument("--run", default="runs/tiny")
+    p.add_argument("--clips", type=int, default=128, help="clips, or prompts of ablate")
+    p.add_argument("--stage", choices=("videojam", "base", "control"), help="sdedit: which model (default videojam)")
+    p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the 128 held-out ones")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="")
+    a = p.parse_args(argv)
+    if a.clips < 1:
+        raise ValueError(f"--clips {a.clips}: expected at least 1")
+    if train.WORLD > 1:
+        dist.init_process_group("gloo")
+        a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+    EXPERIMENTS[a.experiment](a)
+    train.barrier()
+    if train.WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"probe.py: {error}")
