@@ -13,6 +13,7 @@ that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optic
 
 import csv
 import glob
+import io
 import json
 import logging
 import math
@@ -603,7 +604,7 @@ def _read_captions(root, names):
 
 def _rows(table):
     """Yields (line number, row) of a .csv or a .jsonl; a line that is no JSON comes as the text it is."""
-    lines = _text(table).splitlines(keepends=True)
+    lines = io.StringIO(_text(table), newline="")                  # as a file would: a caption may hold other line separators
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
         yield from ((reader.line_num, row) for row in reader)

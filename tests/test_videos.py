@@ -128,11 +128,11 @@ def test_one_of_several_streams_is_read(tmp_path):
 
 @pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "txt"])
 def test_captions(tmp_path, table):
-    captions = {"a.mp4": "a red ball, moving left", "b.mp4": "二つの玉"}
+    captions = {"a.mp4": "a red ball,\u2028moving left", "b.mp4": "二つの玉"}
     for name in captions:
         write(tmp_path / name, ramp(8))
     if table == "metadata.jsonl":
-        rows = [json.dumps({"file_name": n, "text": c}) for n, c in captions.items()]
+        rows = [json.dumps({"file_name": n, "text": c}, ensure_ascii=False) for n, c in captions.items()]
         (tmp_path / table).write_text("\n\n".join(rows) + "\n", encoding="utf-8")
     elif table == "metadata.csv":
         rows = [f'{n},"{c}"' for n, c in captions.items()]
