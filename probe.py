@@ -3,7 +3,7 @@
     python probe.py permute                                  # Fig. 3: does the loss notice that frames were shuffled?
     python probe.py sdedit                                   # Fig. 8: by which step are motion and appearance settled?
     python probe.py ablate                                   # Tabs. 1, 3: base, control, VideoJAM, its ablations, read from the pixels
-    torchrun --nproc_per_node=2 probe.py ablate --run runs/hour
+    torchrun --nproc_per_node=2 -- probe.py ablate --run runs/hour      # without the -- torchrun takes --run for its own
 
 Results go to <run>/probe as CSV and PNG. Letters: T frames, H height, W width, z = [x, d] appearance and motion latents, t flow-matching
 time (0 noise, 1 data), k a step of the sampler's schedule; a law is a family of paths (line, circle, parabola ...), n its frames less one.
@@ -257,15 +257,24 @@ def dynamic(seen, turn, fps):
     return bool((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
 
 
-def read_clip(video, words, motion=None, sigma=0.15, fps=8):
+@functools.lru_cache(maxsize=None)
+def speeds(motion, word, frames, height, width, size):
+    """The slowest and the fastest line that the world shows under these words, in px per frame, over 200 draws."""
+    words = dict(kind="basic", motion=motion, speed=word, objects=[dict(color="red", shape="circle")])
+    poses = [data.complete(words, frames, height, width, np.random.default_rng(i), size=size)["objects"][0]["pose"] for i in range(200)]
+    steps = [math.dist(pose[0][:2], pose[1][:2]) for pose in poses]
+    return min(steps), max(steps)
+
+
+def read_clip(video, words, motion=None, fps=8, size=1.0):
     """Every metric of one clip (3, T, H, W) against the words of its prompt; motion: the flow that was generated with it, (2, T, H, W) px.
 
     nan: does not apply (direction of a spin), or cannot be known because the named object is lost. A lost object is never right.
     """
     nan, named = math.nan, words["objects"][0]
     others = [o["color"] for o in words["objects"][1:]]
-    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction_error=nan, speed=nan, spin=nan, jerk=nan, area_variation=nan, parts=nan,
-               dynamic=0.0, warp=nan, agreement=nan, area=nan, read_as="lost")
+    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction=0.0 if words["motion"] in data.DIRECTIONS else nan, direction_error=nan, speed=nan,
+               speed_error=nan, spin=nan, jerk=nan, area_variation=nan, parts=nan, dynamic=0.0, warp=nan, agreement=nan, area=nan, read_as="lost")
     objects = [see(video, o["color"]) for o in words["objects"][:1 + (words["motion"] in data.PAIRED)]]
     seen = objects[0]
     row["found"] = seen.found.float().mean().item()
@@ -282,7 +291,10 @@ def read_clip(video, words, motion=None, sigma=0.15, fps=8):
     law = words["motion"] if words["motion"] in residual else "line"
     if words["motion"] in data.DIRECTIONS:
         aim = math.degrees(math.atan2(*data.DIRECTIONS[words["motion"]][::-1]))
+        row["direction"] = float(data.nearest_direction(angle) == words["motion"])
         row["direction_error"] = abs((angle - aim + 180) % 360 - 180)
+        low, high = speeds(words["motion"], words["speed"], *video.shape[1:], size)
+        row["speed_error"] = max(low - speed, speed - high, 0) / ((low + high) / 2)            # the words leave a range open
     shown = seen.found & (seen.area > 0.85 * seen.area[seen.found].median()) if len(objects) > 1 else seen.found
     radius, t = 0.5 * seen.area[shown].double().log(), torch.nonzero(shown)[:, 0].double()
     trend = torch.stack([torch.ones_like(t)] + [t] * (words["motion"] in ("growing", "shrinking")), 1)
@@ -323,7 +335,8 @@ def load(a, stages):
         if (pathlib.Path(a.run) / f"{stage}.pt").exists():
             models[stage] = sample.load_run(a.run, stage, a.device)
         else:
-            train.print0(f"no {stage}.pt in {a.run}; to compare with it: python train.py run={a.run} stages=tae,base,{stage}")
+            needs = "tae,base" if stage == "base" else f"tae,base,{stage}"
+            train.print0(f"no {stage}.pt in {a.run}; to have it: python train.py run={a.run} stages={needs} (with the run's other settings)")
     if not models:
         raise FileNotFoundError(f"{a.run} has none of {', '.join(stages)}: train first, python train.py run={a.run}")
     config = next(iter(models.values())).config
@@ -435,16 +448,17 @@ def report_permute(a, rows, steps):
                                       ratio=o.mean() / c.mean(), low=low, high=high))
     out = pathlib.Path(a.run) / "probe"
     write_csv(out / "permute.csv", table)
-    print(f"\nappearance loss, permuted / clean, {a.clips} clips [95 %]\n{'step of ' + str(steps):>10}{'t':>7}", end="")
     models = list(dict.fromkeys(r["model"] for r in table))
-    print("".join(f"{m:>22}" for m in models))
-    main = [r for r in table if r["loss"] == "appearance" and r["flow_of"] == "own"]
-    for step, t in dict.fromkeys((r["step"], r["t"]) for r in main if r["axis"] == "schedule"):
-        cells = [next(r for r in main if r["model"] == m and r["axis"] == "schedule" and r["step"] == step) for m in models]
-        print(f"{step:>10}{t:>7.3f}" + "".join("{:>22}".format("{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**c)) for c in cells))
+    columns = [(m, "appearance", "own") for m in models] + [("videojam", "joint", which) for which in ("own", "original")] * ("videojam" in models)
+    print(f"\nloss of permuted / clean clips, {a.clips} clips [95 %]; joint: appearance + motion, against the shuffled clip's own flow, or the original's")
+    print(f"{'step of ' + str(steps):>10}{'t':>7}" + "".join(f"{m if loss == 'appearance' else f'joint, {which}':>20}" for m, loss, which in columns))
+    rows_of = {(r["model"], r["loss"], r["flow_of"], r["axis"], r["step"]): r for r in table}
+    for step, t in dict.fromkeys((r["step"], r["t"]) for r in table if r["axis"] == "schedule"):
+        cells = [rows_of[m, loss, which, "schedule", step] for m, loss, which in columns]
+        print(f"{step:>10}{t:>7.3f}" + "".join("{:>20}".format("{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**c)) for c in cells))
     for axis, label in (("schedule", "step"), ("uniform", "t")):
         for m in models:
-            r = [r for r in main if r["model"] == m and r["axis"] == axis]
+            r = [r for r in table if (r["model"], r["axis"], r["loss"], r["flow_of"]) == (m, axis, "appearance", "own")]
             lines[m] = ([c[label] for c in r], [c["ratio"] for c in r], [c["low"] for c in r], [c["high"] for c in r])
         plot(out / f"permute-{axis}.png", lines, f"step of {steps}" if axis == "schedule" else "t", "appearance loss, permuted / clean")
     return table
@@ -519,8 +533,8 @@ VARIANTS = {                                                                    
     "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
     "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
 }
-SHARES = ("found", "colour", "shape", "motion", "dynamic")
-COLUMNS = ("found", "colour", "shape", "motion", "direction_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
+SHARES = ("found", "colour", "shape", "motion", "direction", "speed_error", "dynamic")                  # in percent
+COLUMNS = (*SHARES[:5], "direction_error", "speed_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
 
 
 def clips_of(a, name, prompts):
@@ -529,7 +543,8 @@ def clips_of(a, name, prompts):
     model = sample.load_run(a.run, stage, a.device)
     if name.startswith("Eq. 8"):
         model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
-    key = json.dumps([sample.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"], options, model.config["sample"], model.config["guide_motion"], a.seed])
+    checksum = sample.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
+    key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed])
     folder, parts_of = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(prompts), 32):
@@ -549,12 +564,19 @@ def clips_of(a, name, prompts):
     return whole("video"), whole("motion")
 
 
+def side_by_side(clips, frames=6):
+    """Clips (3, T, H, W) in one line of a sheet: `frames` of each, a white frame between two of them."""
+    pick = torch.linspace(0, clips[0].shape[1] - 1, min(frames, clips[0].shape[1])).round().long()
+    white = torch.ones_like(clips[0][:, :1])
+    return torch.cat([part for clip in clips for part in (clip[:, pick], white)][:-1], dim=1)
+
+
 def score(name, video, flows, prompts, config):
     """One row of metrics per clip."""
     rows = []
     for i in range(train.RANK, len(prompts), train.WORLD):
         words = data.parse(prompts[i])
-        row = read_clip(video[i], words, None if flows is None else flows[i], config["flow"]["sigma"], config["fps"])
+        row = read_clip(video[i], words, None if flows is None else flows[i], config["fps"], config["world"]["size"])
         rows.append(dict(variant=name, clip=i, prompt=prompts[i], kind=words["kind"], asked=words["motion"], **row))
     return sorted(gather(rows), key=lambda r: r["clip"])
 
@@ -578,25 +600,31 @@ def ablate(a):
     prompts = [p for p in wanted if p not in unread]
     if not wanted:
         raise ValueError("no prompt: found an empty list, expected at least one text")
-    rows = []
+    rows, shown = [], {}
     if prompts:
         truth = data.open_data(config, "test").of_prompts(prompts)
         again = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
         rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
         rows += score("reconstructions", again[0], flow.rgb_to_flow(again[1], sigma), prompts, config)
-    sheet = []
+        shown["ground truth"] = torch.cat([truth["video"], torch.zeros(len(unread), *truth["video"].shape[1:])])
     for name, (stage, _) in VARIANTS.items():
         if stage in models:
             video, motion = clips_of(a, name, prompts + unread)
             if prompts:
                 rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
-            sheet += sample.interleave(video[:1], None if motion is None else motion[:1])
-            if unread:
-                sheet += list(video[len(prompts):])
+            shown[name] = video
+            if name == "VideoJAM":
+                shown["its motion"] = motion
     if train.RANK:
         return rows
     out = pathlib.Path(a.run) / "probe"
-    sample.write_sheet(out / "ablate.png", sheet)
+    some = [*range(0, len(prompts), max(1, len(prompts) // 8)), *range(len(prompts), len(wanted))][:16]
+    compared = [name for name in ("ground truth", "base", "control", "VideoJAM", "its motion") if name in shown]
+    for sheet, names in (("ablate", compared), ("ablations", [n for n in shown if n == "VideoJAM" or n not in compared])):
+        if names:
+            sample.write_sheet(out / f"{sheet}.png", [side_by_side([shown[name][i] for name in names]) for i in some], columns=1000, least=32)
+            print(f"{out / sheet}.png: {' | '.join(names)}")
+    print("its rows: " + " | ".join((prompts + unread)[i] for i in some))
     if rows:
         write_csv(out / "ablate-clips.csv", rows)
         (out / "ablate.md").write_text(tables(rows))
@@ -605,23 +633,30 @@ def ablate(a):
 
 
 def tables(rows):
-    """Markdown: all metrics per variant, then motion accuracy by kind and by size of the object (thirds of the ground truth; Fig. 7)."""
-    names = list(dict.fromkeys(r["variant"] for r in rows))
+    """Markdown: all metrics; VideoJAM less each variant; motion right by kind and by size of the object (thirds of the ground truth; Fig. 7)."""
+    names, by = list(dict.fromkeys(r["variant"] for r in rows)), {}
+    for r in rows:
+        by.setdefault(r["variant"], {})[r["clip"]] = r
+    cut = np.nanquantile([r["area"] for r in by["ground truth"].values()], (1 / 3, 2 / 3))
 
-    def cell(some, column):
-        mean, low, high = bootstrap([r[column] for r in some])
-        return "-" if math.isnan(mean) else "{:.0f} % [{:.0f}, {:.0f}]".format(100 * mean, 100 * low, 100 * high) if column in SHARES else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    def cell(values, column, sign=""):
+        mean, low, high = bootstrap(values)
+        scale, digits, unit = (100, 0, " %") if column in SHARES else (1, 2, "")
+        return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
-    table = lambda head, cells: "\n".join(["| " + " | ".join(["", *head]) + " |", "|---" * (len(head) + 1) + "|",
-                                           *("| " + " | ".join([n, *cells(n)]) + " |" for n in names)])
-    of = lambda name: [r for r in rows if r["variant"] == name]
-    size = {r["clip"]: r["area"] for r in of("ground truth")}
-    cut = np.nanquantile(list(size.values()), (1 / 3, 2 / 3))
-    third = lambda r: int(np.searchsorted(cut, size[r["clip"]]))
-    return "\n\n".join([
-        table(COLUMNS, lambda n: [cell(of(n), c) for c in COLUMNS]),
-        "Motion right, by kind:", table(data.KINDS, lambda n: [cell([r for r in of(n) if r["kind"] == kind], "motion") for kind in data.KINDS]),
-        "Motion right, by size of the object:", table(("small", "medium", "large"), lambda n: [cell([r for r in of(n) if third(r) == s], "motion") for s in range(3)])]) + "\n"
+    def table(heads, cells):
+        lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *cells(name)] for name in names)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    whole = lambda name: [cell([r[c] for r in by[name].values()], c) for c in COLUMNS]
+    less = lambda name: [cell([by["VideoJAM"][i][c] - r[c] for i, r in by[name].items()], c, "+") for c in COLUMNS]             # prompt by prompt
+    kinds = lambda name: [cell([r["motion"] for r in by[name].values() if r["kind"] == kind], "motion") for kind in data.KINDS]
+    third = lambda i: np.searchsorted(cut, by["ground truth"][i]["area"])
+    sizes = lambda name: [cell([r["motion"] for i, r in by[name].items() if third(i) == k], "motion") for k in range(3)]
+    text = [table(COLUMNS, whole), "Motion right, by kind:", table(data.KINDS, kinds), "Motion right, by size of the object:", table(("small", "medium", "large"), sizes)]
+    if "VideoJAM" in by:
+        text[1:1] = ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less)]
+    return "\n\n".join(text) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
