@@ -641,7 +641,7 @@ def tables(rows):
 
     def cell(values, column, sign=""):
         mean, low, high = bootstrap(values)
-        scale, digits, unit = (100, 0, " %") if column in SHARES else (1, 2, "")
+        scale, digits, unit = (100, 0, "" if sign else " %") if column in SHARES else (1, 2, "")
         return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
     def table(heads, cells):

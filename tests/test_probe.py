@@ -248,7 +248,7 @@ def test_tables_compare_prompt_by_prompt():
     rows += [row("VideoJAM", 0, 1.0, 0.5), row("VideoJAM", 1, 1.0, 0.5), row("VideoJAM", 2, 0.0, 2.5), row("VideoJAM", 3, 1.0, 1.5)]
     whole, _, less, *_ = probe.tables(rows).split("\n\n")
     cells = lambda table: dict(zip(["", *probe.COLUMNS], next(line for line in table.splitlines() if line.startswith("| control")).strip("| ").split(" | ")))
-    assert cells(whole)["motion"].startswith("25 %") and cells(less)["motion"].startswith("+50 % [+0, +100]") and cells(less)["jerk"] == "-0.50 [-0.50, -0.50]"
+    assert cells(whole)["motion"].startswith("25 %") and cells(less)["motion"].startswith("+50 [+0, +100]") and cells(less)["jerk"] == "-0.50 [-0.50, -0.50]"
 
 
 @pytest.mark.parametrize("experiment, file, clips", [("permute", "permute.csv", 40), ("ablate", "ablate-clips.csv", 34)])
