@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import sys
 import types
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 
 import data
 import flow
+import model as nets
 import sample
 import train
 
@@ -328,17 +330,24 @@ def bootstrap(values, draws=1000):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by the experiments.
 
+def command(run, stage):
+    """The line that trains a stage of this run, with every setting in which the run differs from its preset."""
+    config = nets.flatten(json.loads((pathlib.Path(run) / "config.json").read_text()))
+    usual = nets.flatten(nets.load_config([f"preset={config['preset']}"])) | dict(run="", precision=config["precision"], stages="", device=config["device"])
+    config |= dict(run=str(run), stages=",".join(dict.fromkeys(("tae", "base", stage))))
+    return shlex.join(["python", "train.py"] + [f"{key}={value}" for key, value in config.items() if key == "preset" or value != usual[key]])
+
+
 def load(a, stages):
     """Those of the stages that the run has, name -> model; says how to train a missing one."""
     models = {}
     for stage in stages:
         if (pathlib.Path(a.run) / f"{stage}.pt").exists():
             models[stage] = sample.load_run(a.run, stage, a.device)
-        else:
-            needs = "tae,base" if stage == "base" else f"tae,base,{stage}"
-            train.print0(f"no {stage}.pt in {a.run}; to have it: python train.py run={a.run} stages={needs} (with the run's other settings)")
+        elif (pathlib.Path(a.run) / "config.json").exists():
+            train.print0(f"no {stage}.pt in {a.run}; to have it: {command(a.run, stage)}")
     if not models:
-        raise FileNotFoundError(f"{a.run} has none of {', '.join(stages)}: train first, python train.py run={a.run}")
+        raise FileNotFoundError(f"{a.run} has none of {', '.join(stages)}: train it first, python train.py run={a.run}")
     config = next(iter(models.values())).config
     if config["data"]["root"]:
         raise ValueError(f"{a.run} was trained on {config['data']['root']}: the probe needs the embedded world, whose motion is known exactly")

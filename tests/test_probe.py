@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -272,11 +273,16 @@ def test_two_ranks_find_what_one_process_finds(run, experiment, file, clips):
 
 
 def test_a_missing_control_is_named(run, capsys):
-    """Without control.pt the command that trains it is printed, and the rest goes on."""
+    """Without control.pt the command that trains it is printed, and the rest goes on. Reference: that very command trains the control."""
     (run / "control.pt").unlink()
+    (run / "control.state.pt").unlink(missing_ok=True)
     probe.main(["permute", "--run", str(run), "--clips", "2"])
-    assert "stages=tae,base,control" in capsys.readouterr().out
+    line = next(line for line in capsys.readouterr().out.splitlines() if "no control.pt" in line)
     assert {r["model"] for r in rows_of(run / "probe" / "permute.csv")} == {"base", "videojam"}
+    python, script, *settings = shlex.split(line.partition("to have it: ")[2])
+    assert (python, script) == ("python", "train.py")
+    train.main(settings)
+    assert (run / "control.pt").exists()
 
 
 def test_bad_input(run, tmp_path):
@@ -287,5 +293,5 @@ def test_bad_input(run, tmp_path):
         probe.main(["permeate"])
     for stage in ("base", "control", "videojam"):
         (run / f"{stage}.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="train first"):
+    with pytest.raises(FileNotFoundError, match="train it first"):
         probe.main(["permute", "--run", str(run)])
