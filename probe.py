@@ -372,8 +372,8 @@ def write_csv(path, rows):
     print(path)
 
 
-def plot(path, lines, xlabel, ylabel):
-    """lines: label -> (x, middle, low, high). The numbers are in the CSV; without matplotlib there is no picture."""
+def plot(path, lines, xlabel, ylabel, times=None):
+    """lines: label -> (x, middle, low, high); times: x -> t, for a second axis. The numbers are in the CSV; without matplotlib there is no picture."""
     try:
         import matplotlib
     except ImportError:
@@ -386,6 +386,9 @@ def plot(path, lines, xlabel, ylabel):
         axes.plot(x, middle, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
+    if times:
+        some = list(times)[::max(1, len(times) // 6)]
+        axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(path)
@@ -469,7 +472,8 @@ def report_permute(a, rows, steps):
         for m in models:
             r = [r for r in table if (r["model"], r["axis"], r["loss"], r["flow_of"]) == (m, axis, "appearance", "own")]
             lines[m] = ([c[label] for c in r], [c["ratio"] for c in r], [c["low"] for c in r], [c["high"] for c in r])
-        plot(out / f"permute-{axis}.png", lines, f"step of {steps}" if axis == "schedule" else "t", "appearance loss, permuted / clean")
+        times = {r["step"]: r["t"] for r in table if r["axis"] == "schedule"} if axis == "schedule" else None
+        plot(out / f"permute-{axis}.png", lines, f"step of {steps}" if times else "t", "appearance loss, permuted / clean", times)
     return table
 
 
@@ -520,7 +524,7 @@ def sdedit(a):
         print(f"{r['step']:>5}{r['percent']:>5.0f}{r['t']:>7.3f}" + cell("psnr") + cell("place_px") + cell("path_px"))
     column = lambda name: [r[name] for r in table]
     plot(out / "sdedit.png", {label: [column("percent")] + [[v / max(column(name)) for v in column(name + end)] for end in ("", "_low", "_high")]
-                              for name, label in (("place_px", "place"), ("path_px", "path"))}, "% of the steps", "distance from the source, of its largest")
+                              for name, label in (("place_px", "place"), ("path_px", "path"))}, "% of the steps", "distance from the source, of its largest", {r["percent"]: r["t"] for r in table})
     got, sheet = world.batch(range(min(3, a.clips))), []
     for i in range(min(3, a.clips)):                                            # the source, then finished from 20, 60, 80 % of the steps
         painted = flow.flow_to_rgb(got["flow"], sigma)
