@@ -577,7 +577,7 @@ def clips_of(a, name, prompts):
     return whole("video"), whole("motion")
 
 
-def side_by_side(clips, frames=6):
+def side_by_side(clips, frames=4):
     """Clips (3, T, H, W) in one line of a sheet: `frames` of each, a white frame between two of them."""
     pick = torch.linspace(0, clips[0].shape[1] - 1, min(frames, clips[0].shape[1])).round().long()
     white = torch.ones_like(clips[0][:, :1])
@@ -635,7 +635,7 @@ def ablate(a):
     compared = [name for name in ("ground truth", "base", "control", "VideoJAM", "its motion") if name in shown]
     for sheet, names in (("ablate", compared), ("ablations", [n for n in shown if n == "VideoJAM" or n not in compared])):
         if names:
-            sample.write_sheet(out / f"{sheet}.png", [side_by_side([shown[name][i] for name in names]) for i in some], columns=1000, least=32)
+            sample.write_sheet(out / f"{sheet}.png", [side_by_side([shown[name][i] for name in names]) for i in some], columns=1000)
             print(f"{out / sheet}.png: {' | '.join(names)}")
     print("its rows: " + " | ".join((prompts + unread)[i] for i in some))
     if rows:
