@@ -417,7 +417,9 @@ def permute(a):
     world, T, S = data.open_data(config, "test"), config["frames"], config["sample"]["steps"]
     times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
     axis = [("schedule", k, times[k].item()) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
-    order, rows = shuffle(a.clips, T, a.seed), []
+    order, rows, compared = shuffle(a.clips, T, a.seed), [], {name: (model, model.motion) for name, model in models.items()}
+    if "videojam" in models:                                                    # does the net notice, or only the motion that it is shown?
+        compared["videojam, d = 0"] = models["videojam"], False
     for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
         index = list(range(first, min(first + 32, a.clips)))
         got, p = world.batch(index, device), order[index]
@@ -428,15 +430,18 @@ def permute(a):
         encode = lambda video, d: train.encode(tae, dict(video=video, flow=d), sigma)
         z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
         noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(device)
-        for stage, model in models.items():
+        for name, (model, motion) in compared.items():
             text, mask = model.text(got["caption"])
             for kind, k, t in axis:
                 ts = torch.full((len(index),), t, device=device)
-                for which in ("clean", "own", "original") if model.motion else ("clean", "own"):
+                for which in ("clean", "own", "original") if motion else ("clean", "own"):
                     z1, z0 = (z[which], noise) if model.motion else (z[which][:, :C], noise[:, :C])
-                    u, v = model.dit(train.interpolate(z1, z0, ts), ts, text, mask), train.velocity(z1, z0)
-                    x, d = train.mse(u[:, :C], v[:, :C]), train.mse(u[:, C:], v[:, C:]) if model.motion else [math.nan] * len(index)
-                    rows += [dict(model=stage, axis=kind, step=k, t=t, clip=i, frames=which, loss_x=float(lx), loss_d=float(ld))
+                    zt, v = train.interpolate(z1, z0, ts), train.velocity(z1, z0)
+                    if model.motion and not motion:
+                        zt[:, C:] = 0
+                    u = model.dit(zt, ts, text, mask)
+                    x, d = train.mse(u[:, :C], v[:, :C]), train.mse(u[:, C:], v[:, C:]) if motion else [math.nan] * len(index)
+                    rows += [dict(model=name, axis=kind, step=k, t=t, clip=i, frames=which, loss_x=float(lx), loss_d=float(ld))
                              for i, lx, ld in zip(index, x, d)]
     rows = gather(rows)
     return rows if train.RANK else report_permute(a, rows, S)
