@@ -550,12 +550,23 @@ VARIANTS = {                                                                    
     "without text guidance": ("videojam", dict(w1=0.0)), "without Inner-Guidance": ("videojam", dict(w2=0.0)),
     "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
     "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
+    "shown the true motion": ("videojam", dict(w1=0.0, w2=0.0)),                # not in the paper: how well do the frames follow a perfect d?
 }
 SHARES = ("found", "colour", "shape", "motion", "direction", "speed_error", "dynamic")                  # in percent
 COLUMNS = (*SHARES[:5], "direction_error", "speed_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
 
 
-def clips_of(a, name, prompts):
+@torch.no_grad()
+def show_motion(model, prompts, seeds, d, **options):
+    """Sample with d_t overwritten at every step by the true flow d (B, 2, T, H, W), noised to that t -> video and motion picture."""
+    C, z0 = model.config["tae"]["channels"], sample.noise(model, seeds)
+    d1 = model.tae.encode(flow.flow_to_rgb(d, model.config["flow"]["sigma"]).to(model.device), motion=True)
+    for _, t, z in sample.sampler(model, prompts, seeds, z=z0.clone(), **options):
+        z[:, C:] = t * d1 + (1 - t) * z0[:, C:]                                 # the sampler goes on from this very tensor
+    return [clip.cpu() for clip in sample.decode(model, z)]
+
+
+def clips_of(a, name, prompts, d):
     """The variant's clips (B, 3, T, H, W) and motion pictures or None, made 32 at a time and kept; one already made is not made again."""
     stage, options = VARIANTS[name]
     model = sample.load_run(a.run, stage, a.device)
@@ -570,7 +581,11 @@ def clips_of(a, name, prompts):
         saved = torch.load(path, weights_only=True) if path.exists() else {}
         if saved.get("key") != key or saved.get("prompts") != some:
             if (first // 32) % train.WORLD == train.RANK:
-                video, motion = sample.generate(model, some, [a.seed + first + i for i in range(len(some))], bar=train.RANK == 0, **options)
+                seeds = [a.seed + first + i for i in range(len(some))]
+                if name == "shown the true motion":
+                    video, motion = show_motion(model, some, seeds, d[first:first + 32], **options)
+                else:
+                    video, motion = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
                 byte = lambda v: None if v is None else ((v + 1) * 127.5).round().byte()
                 saved = dict(key=key, prompts=some, video=byte(video), motion=byte(motion))
                 torch.save(saved, f"{path}.tmp")
@@ -618,16 +633,17 @@ def ablate(a):
     prompts = [p for p in wanted if p not in unread]
     if not wanted:
         raise ValueError("no prompt: found an empty list, expected at least one text")
-    rows, shown = [], {}
+    rows, shown, true = [], {}, torch.zeros(len(wanted), 2, *(config[key] for key in ("frames", "height", "width")))
     if prompts:
         truth = data.open_data(config, "test").of_prompts(prompts)
         again = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
         rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
         rows += score("reconstructions", again[0], flow.rgb_to_flow(again[1], sigma), prompts, config)
+        true[:len(prompts)] = truth["flow"]
         shown["ground truth"] = torch.cat([truth["video"], torch.zeros(len(unread), *truth["video"].shape[1:])])
     for name, (stage, _) in VARIANTS.items():
         if stage in models:
-            video, motion = clips_of(a, name, prompts + unread)
+            video, motion = clips_of(a, name, prompts + unread, true)
             if prompts:
                 rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
             shown[name] = video

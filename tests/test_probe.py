@@ -275,6 +275,17 @@ def test_two_ranks_find_what_one_process_finds(run, experiment, file, clips):
                 assert a[key] == b[key]
 
 
+def test_the_true_motion_is_shown(run):
+    """At the last step d is the true motion itself, whatever the net said. Reference: the true motion picture through the TAE."""
+    model = sample.load_run(run, "videojam")
+    got = data.open_data(model.config, "test").of_prompts(data.STRAIGHT[:2])
+    rgb = flow.flow_to_rgb(got["flow"], model.config["flow"]["sigma"])
+    video, motion = probe.show_motion(model, data.STRAIGHT[:2], [3, 4], got["flow"])
+    torch.testing.assert_close(motion, sample.reconstruct(model, got["video"], rgb)[1], atol=1e-4, rtol=0)
+    other = probe.show_motion(model, data.STRAIGHT[:2], [3, 4], -got["flow"])[0]
+    assert (video - other).abs().max() > 0
+
+
 def test_a_missing_control_is_named(run, capsys):
     """Without control.pt the command that trains it is printed, and the rest goes on. Reference: that very command trains the control."""
     (run / "control.pt").unlink()
