@@ -509,7 +509,7 @@ def sdedit(a):
                 seen, was = see(clip, spec["objects"][0]["color"]), see(truth, spec["objects"][0]["color"])
                 both = seen.found & was.found
                 gap = (seen.centroid - was.centroid)[both]
-                rows.append(dict(step=k, percent=100 * k / S, t=times[k].item(), clip=i, psnr=sample.psnr(clip[None], truth[None]),
+                rows.append(dict(step=k, clip=i, psnr=sample.psnr(clip[None], truth[None]), rms=(clip - truth).square().mean().sqrt().item(),
                                  found=seen.found.float().mean().item(), place_px=gap.norm(dim=1).mean().item(),
                                  path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
     rows = gather(rows)
@@ -518,7 +518,7 @@ def sdedit(a):
     out, table = pathlib.Path(a.run) / "probe", []
     for k in steps:
         here, row = [r for r in rows if r["step"] == k], dict(step=k, percent=100 * k / S, t=round(times[k].item(), 4))
-        for name in ("psnr", "found", "place_px", "path_px"):
+        for name in ("psnr", "rms", "found", "place_px", "path_px"):
             row[name], row[f"{name}_low"], row[f"{name}_high"] = bootstrap([r[name] for r in here])
         table.append(row)
     write_csv(out / "sdedit.csv", table)
@@ -528,8 +528,9 @@ def sdedit(a):
         cell = lambda name: "{:>22}".format(f"{r[name]:.2f} [{r[name + '_low']:.2f}, {r[name + '_high']:.2f}]")
         print(f"{r['step']:>5}{r['percent']:>5.0f}{r['t']:>7.3f}" + cell("psnr") + cell("place_px") + cell("path_px"))
     column = lambda name: [r[name] for r in table]
-    plot(out / "sdedit.png", {label: [column("percent")] + [[v / max(column(name)) for v in column(name + end)] for end in ("", "_low", "_high")]
-                              for name, label in (("place_px", "place"), ("path_px", "path"))}, "% of the steps", "distance from the source, of its largest", {r["percent"]: r["t"] for r in table})
+    lines = {label: [column("percent")] + [[v / max(column(name)) for v in column(name + end)] for end in ("", "_low", "_high")]
+             for name, label in (("place_px", "place of the object"), ("path_px", "its path"), ("rms", "pixels (RMS)"))}
+    plot(out / "sdedit.png", lines, "% of the steps", "distance from the source, of its largest", {r["percent"]: r["t"] for r in table})
     got, sheet = world.batch(range(min(3, a.clips))), []
     for i in range(min(3, a.clips)):                                            # the source, then finished from 20, 60, 80 % of the steps
         painted = flow.flow_to_rgb(got["flow"], sigma)
