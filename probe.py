@@ -176,7 +176,7 @@ def laws(T, pair):
 def solve(design, target, weight):
     """Weighted least squares of (..., N, k) to (N,): parameters (..., k) and the weighted sum of squares (...)."""
     w = weight.sqrt()
-    p = torch.linalg.lstsq(design * w[:, None], (target * w).expand(*design.shape[:-1])[..., None]).solution[..., 0]
+    p = torch.linalg.pinv(design * w[:, None], rtol=1e-10) @ (target * w)       # lstsq's default driver goes astray where a partner is lost: rank too low
     return p, ((design @ p[..., None])[..., 0] - target).square().mul(weight).sum(-1)
 
 
@@ -290,6 +290,8 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
     angle, speed = data.direction(seen.centroid, seen.found)
     if read_as == "line":
         read_as = data.nearest_direction(angle)
+    if any(o.found.sum() < max(3, len(o.found) / 2) for o in objects):
+        read_as = "partner lost"
     law = words["motion"] if words["motion"] in residual else "line"
     if words["motion"] in data.DIRECTIONS:
         aim = math.degrees(math.atan2(*data.DIRECTIONS[words["motion"]][::-1]))

@@ -175,6 +175,33 @@ def test_pieces_and_area_are_noticed(moving):
     assert mean(spoil(moving, pulse)[1], "area_variation") > 0.3 > 0.05 > mean(clean, "area_variation")
 
 
+def test_least_squares_of_a_lost_partner():
+    """Weights of zero take rank away; the fit must not care. Reference: numpy's SVD solver on the rows that count, for many such systems."""
+    g = torch.Generator().manual_seed(0)
+    for k in range(50):
+        design, target = torch.randn(5, 16, 8, generator=g, dtype=torch.float64), torch.randn(16, generator=g, dtype=torch.float64)
+        weight = (torch.arange(16) % 4 < (2 if k % 2 else 4)).double()          # every other time the partner's x and y are lost
+        design[:, ::4, 4:], design[:, 1::4, 4:], design[:, 2::4, :4], design[:, 3::4, :4] = 0, 0, 0, 0
+        p, rss = probe.solve(design, target, weight)
+        for A, got in zip(design, rss):
+            rows = weight.numpy() > 0
+            x = np.linalg.lstsq(A.numpy()[rows], target.numpy()[rows], rcond=None)[0]
+            assert got.item() == pytest.approx(((A.numpy() @ x - target.numpy())[rows] ** 2).sum(), rel=1e-6, abs=1e-9)
+
+
+def test_a_lost_partner_is_noticed():
+    """A collision whose second object is painted over is no collision, whatever the first one does. Reference: the clip as it was."""
+    prompts = [p for p in data.PROMPTS if data.parse(p)["motion"] in data.PAIRED]
+    got = data.MovingShapes(8, 32, 32, split="test").of_prompts(prompts)
+    for video, prompt in zip(got["video"], prompts):
+        words, video = data.parse(prompt), video.clone()
+        assert probe.read_clip(video, words)["motion"] == 1
+        other = probe.see(video, words["objects"][1]["color"]).mask > 0
+        video[:, torch.nn.functional.max_pool2d(other.float(), 3, 1, 1) > 0] = 0.5
+        row = probe.read_clip(video, words)
+        assert row["motion"] == 0 and row["read_as"] in ("partner lost", "lost")
+
+
 def test_bootstrap():
     """The interval of a mean over clips, nan left out. Reference: the normal law, 1.96 s / sqrt(n)."""
     v = np.random.default_rng(1).normal(3, 1, 400)
