@@ -120,9 +120,9 @@ def shape_of(seen):
 def parts(mask, least=3):
     """The mean number of connected pieces of at least `least` pixels per frame of a mask (T, H, W): labels spread until they rest."""
     on = mask > 0
-    label = torch.arange(1, on.numel() + 1.0).view(on.shape) * on
-    for _ in range(sum(on.shape[1:])):
-        label = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * on
+    label, before = torch.arange(1, on.numel() + 1.0).view(on.shape) * on, None
+    while before is None or (label != before).any():
+        label, before = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * on, label
     return sum((torch.unique(frame[frame > 0], return_counts=True)[1] >= least).sum().item() for frame in label) / len(on)
 
 
@@ -280,7 +280,7 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
     objects = [see(video, o["color"]) for o in words["objects"][:1 + (words["motion"] in data.PAIRED)]]
     seen = objects[0]
     row["found"] = seen.found.float().mean().item()
-    rest = {color: see(video, color).area.sum() for color in data.COLORS if color not in others}
+    rest = {color: see(video, color).area.sum() for color in data.COLORS if color == named["color"] or color not in others}
     row["colour"] = float(rest[named["color"]] > 0 and max(rest, key=rest.get) == named["color"])
     if seen.found.sum() < max(3, len(seen.found) / 2):
         return row
@@ -292,6 +292,8 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
         read_as = data.nearest_direction(angle)
     if any(o.found.sum() < max(3, len(o.found) / 2) for o in objects):
         read_as = "partner lost"
+    if not read_as.startswith("spinning"):                                      # the best turn of a blob without a texture is noise
+        turn = torch.zeros_like(turn)
     law = words["motion"] if words["motion"] in residual else "line"
     if words["motion"] in data.DIRECTIONS:
         aim = math.degrees(math.atan2(*data.DIRECTIONS[words["motion"]][::-1]))
@@ -309,13 +311,13 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
     carried = F.grid_sample(video[:, 1:].transpose(0, 1), back.float(), align_corners=True)    # frame t+1 brought back onto t
     row["warp"] = (carried - video[:, :-1].transpose(0, 1)).abs().mean(1)[mask].mean().item() / 2
     if motion is not None:                                                      # what the model said against what it drew
-        pairs = shown[:-1] & shown[1:]
         core = -F.max_pool2d(-seen.mask[:-1], 3, 1, 1)                          # without the rim, whose flow is half the background's
+        pairs = shown[:-1] & shown[1:] & (core.sum((1, 2)) > 0)
         share = core / core.sum((1, 2), keepdim=True).clamp(min=1e-6)
         said, drew = ((v * share).sum((2, 3)) for v in (motion[:, :-1], d))     # (2, T-1) px
         row["agreement"] = (said - drew).norm(dim=0)[pairs].mean().item()
     row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == words["motion"]), speed=speed, spin=spin, jerk=residual[law],
-               parts=parts(seen.mask), dynamic=float(dynamic(seen, turn, fps)), area=(seen.area[shown].mean() / mask[0].numel()).item(), read_as=read_as)
+               parts=parts(seen.mask[seen.found]), dynamic=float(dynamic(seen, turn, fps)), area=(seen.area[shown].mean() / mask[0].numel()).item(), read_as=read_as)
     return row
 
 
@@ -413,7 +415,10 @@ def shuffle(clips, frames, seed):
 
 @torch.no_grad()
 def permute(a):
-    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t."""
+    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t.
+
+    At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others. Read the rest against it.
+    """
     models, config = load(a, ("base", "control", "videojam"))
     device, tae, sigma, C = (one := next(iter(models.values()))).device, one.tae, config["flow"]["sigma"], config["tae"]["channels"]
     world, T, S = data.open_data(config, "test"), config["frames"], config["sample"]["steps"]
@@ -553,9 +558,10 @@ VARIANTS = {                                                                    
     "without text guidance": ("videojam", dict(w1=0.0)), "without Inner-Guidance": ("videojam", dict(w2=0.0)),
     "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
     "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
-    "shown the true motion": ("videojam", dict(w1=0.0, w2=0.0)),                # not in the paper: how well do the frames follow a perfect d?
+    "shown the true motion": ("videojam", dict(guidance="none")),              # not in the paper: how well do the frames follow a perfect d?
 }
-SHARES = ("found", "colour", "shape", "motion", "direction", "speed_error", "dynamic")                  # in percent
+HITS = ("colour", "shape", "motion", "direction", "dynamic")                    # right or wrong
+SHARES = ("found", *HITS[:4], "speed_error", "dynamic")                         # in percent
 COLUMNS = (*SHARES[:5], "direction_error", "speed_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
 
 
@@ -570,7 +576,7 @@ def show_motion(model, prompts, seeds, d, **options):
 
 
 def clips_of(a, name, prompts, d):
-    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made 32 at a time and kept; one already made is not made again."""
+    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made 32 at a time and kept; a batch already made is not made again."""
     stage, options = VARIANTS[name]
     model = sample.load_run(a.run, stage, a.device)
     if name.startswith("Eq. 8"):
@@ -626,10 +632,13 @@ def ablate(a):
         if not pathlib.Path(a.prompts).is_file():
             raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
         wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
-    wanted, unread = wanted[:a.clips], []
+    count, unread = min(a.clips or (len(wanted) if a.prompts else 128), len(wanted)), []
+    wanted = [wanted[i * len(wanted) // count] for i in range(count)]           # of every kind, as they are in order of kind
     for prompt in wanted:
         try:
-            data.parse(prompt)
+            words = data.parse(prompt)
+            if words.get("camera") or words["motion"] in data.PAIRED and len(words["objects"]) < 2:
+                raise ValueError(f"{prompt!r}: found a panning camera or a motion of two with one named, expected neither")
         except ValueError as error:
             unread.append(prompt)
             train.print0(f"{error}; sampled, shown, not scored")
@@ -670,29 +679,32 @@ def ablate(a):
 
 
 def tables(rows):
-    """Markdown: all metrics; VideoJAM less each variant; motion right by kind and by size of the object (thirds of the ground truth; Fig. 7)."""
+    """Markdown: all metrics; VideoJAM less each variant; motion right by kind, and by the size at which the object was drawn (Fig. 7)."""
     names, by = list(dict.fromkeys(r["variant"] for r in rows)), {}
     for r in rows:
         by.setdefault(r["variant"], {})[r["clip"]] = r
     cut = np.nanquantile([r["area"] for r in by["ground truth"].values()], (1 / 3, 2 / 3))
 
     def cell(values, column, sign=""):
+        values = [v for v in values if not math.isnan(v)]
         mean, low, high = bootstrap(values)
         scale, digits, unit = (100, 0, "" if sign else " %") if column in SHARES else (1, 2, "")
+        if mean in (0, 1) and column in HITS and not sign:                      # where all clips agree the bootstrap has no width: Wilson's interval
+            low, high = (share / 100 for share in sample.interval(mean * len(values), len(values)))
         return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
-    def table(heads, cells):
+    def table(heads, cells, names=names):
         lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *cells(name)] for name in names)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     whole = lambda name: [cell([r[c] for r in by[name].values()], c) for c in COLUMNS]
     less = lambda name: [cell([by["VideoJAM"][i][c] - r[c] for i, r in by[name].items()], c, "+") for c in COLUMNS]             # prompt by prompt
     kinds = lambda name: [cell([r["motion"] for r in by[name].values() if r["kind"] == kind], "motion") for kind in data.KINDS]
-    third = lambda i: np.searchsorted(cut, by["ground truth"][i]["area"])
-    sizes = lambda name: [cell([r["motion"] for i, r in by[name].items() if third(i) == k], "motion") for k in range(3)]
-    text = [table(COLUMNS, whole), "Motion right, by kind:", table(data.KINDS, kinds), "Motion right, by size of the object:", table(("small", "medium", "large"), sizes)]
+    sizes = lambda name: [cell([r["motion"] for r in by[name].values() if not math.isnan(r["area"]) and np.searchsorted(cut, r["area"]) == k], "motion") for k in range(3)]
+    text = [table(COLUMNS, whole), "Motion right, by kind:", table(data.KINDS, kinds),
+            "Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(("small", "medium", "large"), sizes)]
     if "VideoJAM" in by:
-        text[1:1] = ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less)]
+        text[1:1] = ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, [name for name in names if name != "VideoJAM"])]
     return "\n\n".join(text) + "\n"
 
 
@@ -705,14 +717,19 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="The paper's experiments on the embedded world.")
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("--run", default="runs/tiny")
-    p.add_argument("--clips", type=int, default=128, help="clips, or prompts of ablate")
+    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
     p.add_argument("--stage", choices=("videojam", "base", "control"), help="sdedit: which model (default videojam)")
     p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the 128 held-out ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="")
     a = p.parse_args(argv)
-    if a.clips < 1:
+    if a.clips is not None and a.clips < 1:
         raise ValueError(f"--clips {a.clips}: expected at least 1")
+    for flag, experiment in (("stage", "sdedit"), ("prompts", "ablate")):
+        if getattr(a, flag) and a.experiment != experiment:
+            raise ValueError(f"--{flag} is for {experiment}, found it with {a.experiment}: leave it out")
+    if a.experiment != "ablate":
+        a.clips = a.clips or 128
     if train.WORLD > 1:
         dist.init_process_group("gloo")
         a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
