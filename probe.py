@@ -690,7 +690,7 @@ def tables(rows):
         mean, low, high = bootstrap(values)
         scale, digits, unit = (100, 0, "" if sign else " %") if column in SHARES else (1, 2, "")
         if mean in (0, 1) and column in HITS and not sign:                      # where all clips agree the bootstrap has no width: Wilson's interval
-            low, high = (share / 100 for share in sample.interval(mean * len(values), len(values)))
+            low, high = (max(share, 0) / 100 for share in sample.interval(mean * len(values), len(values)))
         return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
     def table(heads, cells, names=names):
