@@ -560,6 +560,7 @@ VARIANTS = {                                                                    
     "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
     "shown the true motion": ("videojam", dict(guidance="none")),              # not in the paper: how well do the frames follow a perfect d?
 }
+SIZES = ("small", "medium", "large")
 HITS = ("colour", "shape", "motion", "direction", "dynamic")                    # right or wrong
 SHARES = ("found", *HITS[:4], "speed_error", "dynamic")                         # in percent
 COLUMNS = (*SHARES[:5], "direction_error", "speed_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
@@ -673,36 +674,49 @@ def ablate(a):
     print("its rows: " + " | ".join((prompts + unread)[i] for i in some))
     if rows:
         write_csv(out / "ablate-clips.csv", rows)
-        (out / "ablate.md").write_text(tables(rows))
-        print(tables(rows))
+        stats = summary(rows)
+        write_csv(out / "ablate.csv", stats)
+        (out / "ablate.md").write_text(tables(rows, stats))
+        print(tables(rows, stats))
     return rows
 
 
-def tables(rows):
-    """Markdown: all metrics; VideoJAM less each variant; motion right by kind, and by the size at which the object was drawn (Fig. 7)."""
-    names, by = list(dict.fromkeys(r["variant"] for r in rows)), {}
+def summary(rows):
+    """Every metric's mean and 95 % interval per variant: over all clips, by kind of motion, by the object's size in the clip (Fig. 7)."""
+    cut, table = np.nanquantile([r["area"] for r in rows if r["variant"] == "ground truth"], (1 / 3, 2 / 3)), []
+    size = lambda r: "lost" if math.isnan(r["area"]) else SIZES[np.searchsorted(cut, r["area"])]
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        own = [r for r in rows if r["variant"] == variant]
+        groups = {"all": own, **{kind: [r for r in own if r["kind"] == kind] for kind in data.KINDS}, **{name: [r for r in own if size(r) == name] for name in SIZES}}
+        for group, some in groups.items():
+            for metric in COLUMNS:
+                values = [r[metric] for r in some if not math.isnan(r[metric])]
+                mean, low, high = bootstrap(values)
+                if metric in HITS and mean in (0, 1):                           # where all clips agree the bootstrap has no width: Wilson's interval
+                    low, high = (max(share, 0) / 100 for share in sample.interval(mean * len(values), len(values)))
+                table.append(dict(variant=variant, group=group, clips=len(values), metric=metric, mean=mean, low=low, high=high))
+    return table
+
+
+def tables(rows, stats):
+    """Markdown of `summary`'s stats: all metrics; VideoJAM less each variant, clip by clip; motion right by kind and by size."""
+    names, by, found = list(dict.fromkeys(r["variant"] for r in rows)), {}, {(r["variant"], r["group"], r["metric"]): r for r in stats}
     for r in rows:
         by.setdefault(r["variant"], {})[r["clip"]] = r
-    cut = np.nanquantile([r["area"] for r in by["ground truth"].values()], (1 / 3, 2 / 3))
 
-    def cell(values, column, sign=""):
-        values = [v for v in values if not math.isnan(v)]
-        mean, low, high = bootstrap(values)
-        scale, digits, unit = (100, 0, "" if sign else " %") if column in SHARES else (1, 2, "")
-        if mean in (0, 1) and column in HITS and not sign:                      # where all clips agree the bootstrap has no width: Wilson's interval
-            low, high = (max(share, 0) / 100 for share in sample.interval(mean * len(values), len(values)))
+    def cell(mean, low, high, metric, sign=""):
+        scale, digits, unit = (100, 0, "" if sign else " %") if metric in SHARES else (1, 2, "")
         return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
 
     def table(heads, cells, names=names):
-        lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *cells(name)] for name in names)]
+        lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *map(cells, [name] * len(heads), heads)] for name in names)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-    whole = lambda name: [cell([r[c] for r in by[name].values()], c) for c in COLUMNS]
-    less = lambda name: [cell([by["VideoJAM"][i][c] - r[c] for i, r in by[name].items()], c, "+") for c in COLUMNS]             # prompt by prompt
-    kinds = lambda name: [cell([r["motion"] for r in by[name].values() if r["kind"] == kind], "motion") for kind in data.KINDS]
-    sizes = lambda name: [cell([r["motion"] for r in by[name].values() if not math.isnan(r["area"]) and np.searchsorted(cut, r["area"]) == k], "motion") for k in range(3)]
-    text = [table(COLUMNS, whole), "Motion right, by kind:", table(data.KINDS, kinds),
-            "Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(("small", "medium", "large"), sizes)]
+    stat = lambda name, group, metric: cell(*(found[name, group, metric][key] for key in ("mean", "low", "high")), metric)
+    less = lambda name, metric: cell(*bootstrap([by["VideoJAM"][i][metric] - r[metric] for i, r in by[name].items()]), metric, "+")
+    motion = lambda name, group: stat(name, group, "motion")
+    text = [table(COLUMNS, lambda name, metric: stat(name, "all", metric)), "Motion right, by kind:", table(data.KINDS, motion),
+            "Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(SIZES, motion)]
     if "VideoJAM" in by:
         text[1:1] = ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, [name for name in names if name != "VideoJAM"])]
     return "\n\n".join(text) + "\n"

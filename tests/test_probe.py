@@ -301,13 +301,17 @@ def test_ablate_makes_each_clip_once(run, tmp_path, capsys):
 
 def test_tables_compare_prompt_by_prompt():
     """`VideoJAM less each`: a mean of differences, a lost clip wrong, nan left out. Reference: two variants written by hand."""
-    row = lambda variant, clip, motion, jerk: dict({c: 0.5 for c in probe.COLUMNS}, variant=variant, clip=clip, kind="basic", area=0.1 * clip, motion=motion, jerk=jerk)
+    row = lambda variant, clip, motion, jerk: dict({c: 0.5 for c in probe.COLUMNS}, variant=variant, clip=clip, kind="basic", area=0.1 * clip - 0.01 * (variant == "control"), motion=motion, jerk=jerk)
     rows = [row("ground truth", i, 1.0, 0.0) for i in range(4)]
     rows += [row("control", 0, 1.0, 1.0), row("control", 1, 0.0, math.nan), row("control", 2, 0.0, 3.0), row("control", 3, 0.0, 2.0)]
     rows += [row("VideoJAM", 0, 1.0, 0.5), row("VideoJAM", 1, 1.0, 0.5), row("VideoJAM", 2, 0.0, 2.5), row("VideoJAM", 3, 1.0, 1.5)]
-    whole, _, less, *_ = probe.tables(rows).split("\n\n")
+    stats = probe.summary(rows)
+    whole, _, less, *_ = probe.tables(rows, stats).split("\n\n")
     cells = lambda table: dict(zip(["", *probe.COLUMNS], next(line for line in table.splitlines() if line.startswith("| control")).strip("| ").split(" | ")))
     assert cells(whole)["motion"].startswith("25 %") and cells(less)["motion"].startswith("+50 [+0, +100]") and cells(less)["jerk"] == "-0.50 [-0.50, -0.50]"
+    find = lambda group: next(r for r in stats if (r["variant"], r["group"], r["metric"]) == ("control", group, "motion"))
+    assert [find(group)["clips"] for group in ("all", "basic", "complex", "small", "medium", "large")] == [4, 4, 0, 2, 1, 1]      # the truth's thirds end at 0.1 and 0.2
+    assert find("large")["mean"] == 0 and find("large")["high"] == pytest.approx(1.96 ** 2 / (1 + 1.96 ** 2)), "Wilson's interval of 0 of 1"
 
 
 @pytest.mark.parametrize("experiment, file, clips", [("permute", "permute.csv", 40), ("ablate", "ablate-clips.csv", 34)])
