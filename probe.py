@@ -665,7 +665,8 @@ def ablate(a):
     if train.RANK:
         return rows
     out = pathlib.Path(a.run) / "probe"
-    some = [*range(0, len(prompts), max(1, len(prompts) // 8)), *range(len(prompts), len(wanted))][:16]
+    shared = min(8, len(prompts))                                               # eight of the scored prompts, and all that could not be read
+    some = [*(i * len(prompts) // shared for i in range(shared)), *range(len(prompts), len(wanted))]
     compared = [name for name in ("ground truth", "base", "control", "VideoJAM", "its motion") if name in shown]
     for sheet, names in (("ablate", compared), ("ablations", [n for n in shown if n == "VideoJAM" or n not in compared])):
         if names:
