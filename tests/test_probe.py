@@ -222,12 +222,11 @@ def test_a_lost_partner_is_noticed():
 
 
 def test_a_blob_does_not_turn_by_itself():
-    """A plain disc in a straight line: whatever texture noise is matched, its flow is its displacement. Reference: the exact flow of the spec."""
-    got = data.MovingShapes(16, 64, 64, split="test").of_prompts(["a red circle moving right"])
-    seen = probe.see(got["video"][0], "red")
-    plain = torch.where(seen.mask > 0, torch.tensor([0.8, -0.8, -0.8]).view(3, 1, 1, 1), got["video"][0])
-    row = probe.read_clip(plain + 0.05 * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)), data.parse("a red circle moving right"), got["flow"][0])
-    assert row["agreement"] < 0.15 and row["read_as"] == "right"
+    """A plain disc that stands still, with a little noise for a texture: nothing moves, whatever turn fits the noise best. Reference: VBench's degree of rest."""
+    got = data.MovingShapes(16, 64, 64, split="test").of_prompts(["a red circle standing still"])
+    plain = torch.where(probe.see(got["video"][0], "red").mask > 0, torch.tensor([0.8, -0.8, -0.8]).view(3, 1, 1, 1), got["video"][0])
+    noisy = plain + 0.05 * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+    assert probe.read_clip(noisy, data.parse("a red circle standing still"))["dynamic"] == 0
 
 
 def test_bootstrap():
