@@ -6,6 +6,8 @@ stands in for them: no download, infinite, exact. Its four kinds of motion bear 
 
     python data.py [key=value]      writes world.png: clips of every kind, a row of frames over a row of flow pictures (Eq. 5)
     python data.py data.root=videos flow.weights=raft_small.pth     the same of your own clips, folder.png
+    torchrun --nproc_per_node=2 data.py run=runs/mine data.root=videos      with run=: the latents of every clip, for a run whose TAE
+                                    is trained, into <run>/latents, where train.py finds them; start it again if it was interrupted
 
 Letters: B clips, T frames, H height, W width, K objects. Pixel centres are whole numbers, x to the right, y down, so
 that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optical flow is in pixels per frame.
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flow import estimate_flow, flow_to_rgb, load_raft
-from model import load_config
+from model import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_weights, save
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary
@@ -652,9 +654,128 @@ def open_data(config, split="train", device="cpu"):
     return VideoFolder(config["data"]["root"], *size, config["fps"], Path(config["run"], "flow"), raft)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents: what the DiT is trained on.
+
+SHARD = 256  # clips per file
+
+
+@torch.no_grad()
+def encode(tae, got, sigma):
+    """A batch of clips -> z = [x, d] (B, 2C, T, H, W), each stream normalised by its own statistics."""
+    return torch.cat([tae.encode(got["video"]), tae.encode(flow_to_rgb(got["flow"], sigma), motion=True)], dim=1)
+
+
+class Latents:
+    """z and captions by clip number, n clips (0: endless): from <run>/latents, or encoded once and kept (data.cache), or encoded when asked for.
+
+    [0, 5] -> z (2, 2C, T, H, W) float, two captions, and the stored features and masks of frozen text encoders, or None.
+    ValueError for a folder of latents that is not finished, or made by another TAE, of other clips or sizes.
+    """
+
+    def __init__(self, config, tae, clips, device, bar=True):
+        self.tae, self.clips, self.device, self.sigma = tae, clips, device, config["flow"]["sigma"]
+        self.n = len(clips) if config["data"]["root"] else config["data"]["cache"]
+        self.folder, self.shards, self.kept = Path(config["run"], "latents"), {}, None
+        self.stored = (self.folder / "index.json").exists()
+        if self.stored:
+            self.check(config)
+        elif 0 < self.n <= config["data"]["cache"]:
+            chunks = [range(i, min(i + 32, self.n)) for i in range(0, self.n, 32)]
+            got = [self.fresh(chunk) for chunk in tqdm(chunks, desc="encoding", unit_scale=32, unit="clip", disable=not bar, dynamic_ncols=True)]
+            self.kept = torch.cat([z.half() for z, _ in got]), [text for _, captions in got for text in captions]
+
+    def check(self, config):
+        found, expected = json.loads((self.folder / "index.json").read_text()), identity(config, self.tae, self.clips, self.n)
+        for key in expected:
+            if found.get(key) != expected[key]:
+                raise ValueError(f"{self.folder} was made with another {key}: found {found.get(key)}, expected {expected[key]}; delete it, and make it again with data.py if you like")
+        missing = [k for k in range(-(-self.n // SHARD)) if not (self.folder / f"{k:05d}.pt").exists()]
+        if missing:
+            raise ValueError(f"{self.folder} is not finished, {len(missing)} of its files are missing: torchrun data.py run={config['run']} goes on, or delete it")
+
+    def fresh(self, indices):
+        got = self.clips.batch(indices, self.device)
+        return encode(self.tae, got, self.sigma), got["caption"]
+
+    def __call__(self, indices):
+        if self.stored:
+            return self.read(indices)
+        z, captions = (self.kept[0][indices].float(), [self.kept[1][i] for i in indices]) if self.kept else self.fresh(indices)
+        return z, captions, None
+
+    def read(self, indices):
+        rows = []
+        for i in indices:
+            if i // SHARD not in self.shards:  # mapped, not read: of a shard only the rows that are used come into memory
+                self.shards[i // SHARD] = torch.load(self.folder / f"{i // SHARD:05d}.pt", mmap=True, weights_only=True)
+            rows.append((self.shards[i // SHARD], i % SHARD))
+        z, captions = torch.stack([shard["z"][row] for shard, row in rows]).float(), [shard["caption"][row] for shard, row in rows]
+        pick = lambda key: [torch.stack([shard[key][k][row] for shard, row in rows]) for k in range(len(rows[0][0][key]))]
+        return z, captions, (pick("features"), pick("masks")) if rows[0][0]["features"] else None
+
+
+def run_config(config, argv):
+    """The config of the run folder; ValueError where the command line wants another."""
+    path = Path(config["run"], "config.json")
+    if not path.exists():
+        raise ValueError(f"{path.parent} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
+    old, wanted = flatten(json.loads(path.read_text())), flatten(config)
+    for key in (text.partition("=")[0].strip() for text in argv):
+        if key not in ("run", "device") and old.get(key) != wanted[key]:
+            raise ValueError(f"{path.parent} was made with {key}={old.get(key)!r}, found {key}={wanted[key]!r}: give the old value, or another run=folder")
+    return {**json.loads(path.read_text()), "run": config["run"], "device": config["device"]}
+
+
+def identity(config, tae, clips, n):
+    """What stored latents depend on: they are refused where one of these differs."""
+    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else [config["seed"], config["world"]]
+    return dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]], clips=n, sigma=config["flow"]["sigma"],
+                data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
+
+
+def write_latents(config, rank=0, world=1):
+    """z (float16) and caption of every clip, and the features of frozen text encoders, in <run>/latents: files of SHARD clips, each of one rank.
+
+    A file stands under its name when it is whole; those are kept when the command runs again. ValueError for a folder of another TAE, data or size.
+    """
+    run, device = Path(config["run"]), find_device(config["device"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    tae = load_into(build_tae(config), read_weights(run / "tae.pt")["weights"], run / "tae.pt").to(device).eval()
+    text = build_text(config).to(device) if config["text"]["frozen"] else None  # ours is trained with the DiT
+    clips = open_data(config, "train", device)
+    n, folder = len(clips) if config["data"]["root"] else config["data"]["cache"], run / "latents"
+    if n == 0:
+        raise ValueError("data.cache=0: found an endless world, expected the number of clips to encode, data.cache=10000")
+    index, own = folder / "index.json", identity(config, tae, clips, n)
+    if index.exists() and (found := json.loads(index.read_text())) != own:
+        key = next(key for key in own if found.get(key) != own[key])
+        raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, expected {own[key]}; delete it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = index.with_suffix(f".{rank}.tmp")
+    temporary.write_text(json.dumps(own, indent=1))
+    os.replace(temporary, index)
+    todo = [k for k in range(rank, -(-n // SHARD), world) if not (folder / f"{k:05d}.pt").exists()]
+    for k in tqdm(todo, desc=f"encoding {n}", unit_scale=SHARD, unit="clip", disable=rank > 0, dynamic_ncols=True):
+        z, captions, features, masks = [], [], [], []
+        for i in range(k * SHARD, min((k + 1) * SHARD, n), 16):
+            got = clips.batch(range(i, min(i + 16, (k + 1) * SHARD, n)), device)
+            z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
+            captions += got["caption"]
+            if text:
+                for store, tensors in zip((features, masks), text(got["caption"])):
+                    store.append([x.cpu() for x in tensors])
+        columns = lambda rows: [torch.cat(column) for column in zip(*rows)]
+        save(folder / f"{k:05d}.pt", dict(z=torch.cat(z), caption=captions, features=[f.half() for f in columns(features)], masks=columns(masks)))
+
+
 def main(argv=None):
-    """Write world.png, or with data.root folder.png: what train.py would see with the same key=value."""
-    config = load_config(sys.argv[1:] if argv is None else argv)
+    """Write world.png, or with data.root folder.png: what train.py would see with the same key=value. With run= latents instead."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = load_config(argv)
+    if any(text.startswith("run=") for text in argv):
+        return write_latents(run_config(config, argv), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     clips, name = open_data(config), "folder.png" if config["data"]["root"] else "world.png"
     got = clips.batch(range(0, len(clips), -(-len(clips) // 16))) if config["data"]["root"] else clips.of_prompts(
         [PROMPTS[8 * n + 3 * n % 8] for n in range(16)])  # 4 of each kind

@@ -11,8 +11,10 @@ Letters: B batch, C latent channels, T H W latent frames, height, width (of pixe
 D width of the net, L text tokens, t flow-matching time in [0, 1] (0 noise, 1 data).
 """
 import difflib
+import functools
 import hashlib
 import math
+import os
 import pathlib
 import warnings
 
@@ -20,13 +22,31 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first weights. A large net is built without memory (device meta), sharded over the GPUs, and only then filled: tensor by tensor,
+# so that it is nowhere whole.
+
+@torch.no_grad()
+def put_whole(w, whole):
+    """Copy the tensor `whole`, the same on every rank, into w, which may be sharded: each rank keeps its part."""
+    w.copy_(distribute_tensor(whole.to(w.device), w.device_mesh, w.placements) if isinstance(w, DTensor) else whole)
 
 
-def init_matrices(module):
-    """Every matrix and 2-D kernel starts at variance 1 / fan_in; its owner then zeroes what must start at zero."""
-    for m in module.modules():
+def normal_(w, std=1.0):
+    """Draw w ~ N(0, std²) from the global generator; the ranks, seeded alike, draw all of it and keep their parts."""
+    put_whole(w, torch.empty(w.shape, device=w.device).normal_(std=std))
+
+
+def init_weights(net):
+    """Every matrix and 2-D kernel starts at variance 1 / fan_in, norms at one; the owner then zeroes what must start at zero."""
+    for m in net.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+            normal_(m.weight, std=math.prod(m.weight.shape[1:]) ** -0.5)
+        if isinstance(m, (nn.RMSNorm, nn.LayerNorm)):
+            nn.init.ones_(m.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,9 +102,9 @@ class ByteText(nn.Module):
         self.init()
 
     def init(self):
-        init_matrices(self)
-        nn.init.normal_(self.embed.weight)
-        nn.init.normal_(self.position)
+        init_weights(self)
+        normal_(self.embed.weight)
+        normal_(self.position)
 
     def tokenize(self, prompts):
         rows = []
@@ -118,6 +138,9 @@ class RandomText(nn.Module):
         self.widths, self.length = widths, length
         self.register_buffer("where", torch.zeros(0), persistent=False)         # knows the device
 
+    def init(self):
+        pass                                                                    # nothing to draw
+
     def forward(self, prompts):
         features = []
         for k, width in enumerate(self.widths):
@@ -131,16 +154,30 @@ class RandomText(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # DiT, Eq. 4.
 
+aten = torch.ops.aten
+ATTENTION = [aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+             aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
+
+
 class Block(nn.Module):
     """Self-attention over all video tokens, cross-attention to the text, feed-forward; gates start at zero (App. C)."""
 
-    def __init__(self, dim, heads, hidden):
+    def __init__(self, dim, heads, hidden, checkpointing="none"):
         super().__init__()
+        self.checkpointing = checkpointing
         self.norm1, self.norm2, self.norm3 = nn.RMSNorm(dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.attn, self.cross, self.ffn = Attention(dim, heads), Attention(dim, heads), SwiGLU(dim, hidden)
         self.table = nn.Parameter(torch.zeros(6, dim))                          # this block's own part of the modulation
 
-    def forward(self, x, c, text, mask):
+    def forward(self, *inputs):
+        """`compute`, with activation checkpointing: "none" keeps all that the backward pass needs, "full" the inputs alone and computes the
+        rest again, "attention" the attention outputs as well: they cost most to compute again and least to keep."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(*inputs)
+        keep = {"context_fn": functools.partial(create_selective_checkpoint_contexts, ATTENTION)} if self.checkpointing == "attention" else {}
+        return checkpoint(self.compute, *inputs, use_reentrant=False, **keep)
+
+    def compute(self, x, c, text, mask):
         scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)        # (B, N, D)
         x = x + self.cross(self.norm2(x), text, mask)                           # (B, N, D)
@@ -155,7 +192,7 @@ class DiT(nn.Module):
     or lists of them, one per encoder. Returns the shape of x. Raises ValueError where x has another size than it was built for.
     """
 
-    def __init__(self, channels, frames, height, width, dim, depth, heads, hidden, text_dims, patch=2, motion=False):
+    def __init__(self, channels, frames, height, width, dim, depth, heads, hidden, text_dims, patch=2, motion=False, checkpointing="none"):
         super().__init__()
         self.size, self.patch = (channels, frames, height, width), patch
         self.patch_in = nn.Linear(channels * patch ** 2, dim, bias=False)       # W_in
@@ -166,7 +203,7 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim, bias=False)                   # one for all blocks
         self.text_in = nn.ModuleList(nn.Linear(d, dim, bias=False) for d in text_dims)
         self.text_norm = nn.ModuleList(nn.LayerNorm(dim, bias=False) for _ in text_dims)
-        self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, checkpointing) for _ in range(depth))
         self.norm = nn.RMSNorm(dim)
         self.table = nn.Parameter(torch.zeros(2, dim))                          # scale and shift before W_out
         self.patch_out = nn.Linear(dim, channels * patch ** 2, bias=False)      # W_out
@@ -176,12 +213,20 @@ class DiT(nn.Module):
             self.add_motion()
 
     def init(self):
-        init_matrices(self)
+        init_weights(self)
         for position in (self.pos_t, self.pos_h, self.pos_w):
-            nn.init.normal_(position, std=0.2)                                  # beside tokens of size 1: 0.02 stays unseen for hundreds of steps
+            normal_(position, std=0.2)                                          # beside tokens of size 1: 0.02 stays unseen for hundreds of steps
         # The net starts as the zero function and every block as the identity: gates, cross-attention and W_out are zero.
         for zero in [self.modulation, self.patch_out, *(block.cross.out for block in self.blocks)]:
             nn.init.zeros_(zero.weight)
+        for table in [self.table, *(block.table for block in self.blocks)]:
+            nn.init.zeros_(table)
+        if self.motion_in:
+            self.init_motion()
+
+    def init_motion(self):
+        nn.init.zeros_(self.motion_in.weight)                                   # ignores d at the start (the paper's zero rows)
+        nn.init.zeros_(self.motion_out.weight)                                  # predicts no motion at the start (our choice)
 
     # sec. 4.2. W_in+ = [W_in; 0] and W_out+ = [W_out, W_d] are kept as their two blocks: [x, d] W_in+ = x W_in + d 0. So the widened
     # net equals the base DiT to the last bit for any d, and the base's weights keep their names.
@@ -190,8 +235,7 @@ class DiT(nn.Module):
         like = self.patch_in.weight
         self.motion_in = nn.Linear(self.patch_in.in_features, self.patch_in.out_features, bias=False, device=like.device, dtype=like.dtype)
         self.motion_out = nn.Linear(self.patch_out.in_features, self.patch_out.out_features, bias=False, device=like.device, dtype=like.dtype)
-        nn.init.zeros_(self.motion_in.weight)                                   # ignores d at the start (the paper's zero rows)
-        nn.init.zeros_(self.motion_out.weight)                                  # predicts no motion at the start (our choice)
+        self.init_motion()
         return self
 
     def patchify(self, x):
@@ -349,7 +393,7 @@ class TAE(nn.Module):
 
     @torch.no_grad()
     def init(self):
-        init_matrices(self)
+        init_weights(self)
         for m in self.modules():
             if isinstance(m, Conv):
                 nn.init.zeros_(m.space.bias)
@@ -400,6 +444,69 @@ class TAE(nn.Module):
             blend = torch.lerp(video[:, :, -overlap:], new[:, :, :overlap], weight)
             video = torch.cat([video[:, :, :-overlap], blend, new[:, :, overlap:]], dim=2)
         return video[:, :, :frames]                                             # the tail that rounding up added goes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights on disk: one plain file per finished stage, <run>/<stage>.pt. And where nets run.
+
+def checksum(weights):
+    """sha256 over names and bytes of a flat dict of tensors: a flipped bit would otherwise load without a word."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def read_weights(path):
+    """A finished stage's file -> its dict; raises FileNotFoundError or ValueError, one line, where it is missing or damaged."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train the {path.stem} first: python train.py run={path.parent} stages={path.stem}, with the run's own key=value")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)                 # read as it is used: 30B is 117 GB
+    except Exception as error:                                                  # torch raises half a dozen types here
+        raise ValueError(f"{path} is no readable weights file ({type(error).__name__}); delete it and train the {path.stem} again") from error
+    if not isinstance(saved, dict) or not {"weights", "checksum", "step"} <= saved.keys():
+        raise ValueError(f"{path} is no weights file of train.py; delete it and train the {path.stem} again")
+    if checksum(saved["weights"]) != saved["checksum"]:
+        raise ValueError(f"{path} is damaged: its checksum does not match; delete it and train the {path.stem} again")
+    return saved
+
+
+def save(path, content):
+    """Write beside, then rename: whole or not at all. OSError, one line, where it cannot be written."""
+    try:
+        torch.save(content, f"{path}.tmp")
+    except (OSError, RuntimeError) as error:                                    # torch's writer raises the latter
+        pathlib.Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full?") from None
+    os.replace(f"{path}.tmp", path)
+
+
+def load_into(net, weights, path, new=()):
+    """Fill a net, sharded or not; the names in `new` keep what they are. ValueError names the first tensor that is missing, left over or of another shape."""
+    own = {name: w for name, w in net.state_dict().items() if name not in new}
+    for name in [*own, *weights]:
+        found, expected = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
+        if found != expected:
+            raise ValueError(f"{path}: {name}: found {found}, expected {expected}; the file was made with another config")
+    for name, w in own.items():
+        put_whole(w, weights[name])
+    return net
+
+
+def find_device(wish=""):
+    """The wish, or cuda, else mps, else cpu."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wish or found)
+    except RuntimeError:
+        raise ValueError(f"device={wish}: unknown, expected cuda, mps or cpu") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    if not there() or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={wish}: this machine or this torch {torch.__version__} has none; leave it empty to take {found}")
+    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,7 +575,7 @@ def check(config):
         need(not isinstance(value, float) or math.isfinite(value), f"{key}={value} is no finite number")
         need(key == "t_mean" or not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
     for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.heads", "text.length", "tae.spatial",
-                "tae.temporal", "tae.tile", "log_every", "save_every"):
+                "tae.temporal", "tae.tile", "log_every", "save_every", "keep", "gpus"):
         need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
     for key in ("drop_text", "drop_motion", "ema", "cooldown", "world.basic", "world.texture"):
         need(flatten(config)[key] <= 1, f"{key}={flatten(config)[key]}, expected at most 1")
@@ -489,8 +596,9 @@ def check(config):
     with torch.device("meta"):                                                  # its constructor knows what fits together
         build_tae(config)
     need(tae["batch"] % 2 == 0, f"tae.batch={tae['batch']} is odd, expected half appearance and half motion")
-    need(config["precision"] in ("auto", "bf16", "fp32"), f"precision={config['precision']}, expected auto, bf16 or fp32")
-    need(config["guide_motion"] in ("text", "literal"), f"guide_motion={config['guide_motion']}, expected text or literal")
+    for key, words in (("precision", ("auto", "bf16", "fp32")), ("guide_motion", ("text", "literal")), ("checkpointing", ("none", "attention", "full")),
+                       ("compile", ("auto", "always", "never"))):
+        need(config[key] in words, f"{key}={config[key]}, expected {', '.join(words[:-1])} or {words[-1]}")
 
 
 def latent_size(config):
@@ -514,4 +622,24 @@ def build_text(config):
 def build_dit(config, motion=False):
     dit, text = config["dit"], config["text"]
     hidden = dit["hidden"] or 64 * round(dit["dim"] * 8 / 3 / 64)                # SwiGLU's 8/3 d
-    return DiT(*latent_size(config), dit["dim"], dit["depth"], dit["heads"], hidden, text["frozen"] or [text["dim"]], dit["patch"], motion)
+    return DiT(*latent_size(config), dit["dim"], dit["depth"], dit["heads"], hidden, text["frozen"] or [text["dim"]], dit["patch"], motion, config["checkpointing"])
+
+
+def flops(config, motion=False):
+    """FLOPs of one forward pass of the text encoder and the DiT for one clip; training takes three times as many.
+
+    A multiply-add counts two, attention is counted whole, softmax, norms and gates not at all. With N video tokens, L text tokens (the longest
+    text), D the width and h SwiGLU's, a block has 2N (6 D² + 3 D h) in its products with video tokens, 2L 2 D² with text tokens, and 4 N (N + L) D in its two attentions.
+    """
+    with torch.device("meta"):
+        dit = build_dit(config, motion)
+    C, T, H, W = latent_size(config)
+    p, D, h, depth = dit.patch, config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, len(dit.blocks)
+    N, L = T * H * W // p ** 2, config["text"]["length"] * len(dit.text_in)
+    blocks = depth * (2 * N * (6 * D * D + 3 * D * h) + 2 * L * 2 * D * D + 4 * N * (N + L) * D)
+    patches = 2 * N * D * 2 * C * p ** 2 * (2 if motion else 1)                 # W_in and W_out
+    around = 2 * sum(lin.in_features * D for lin in dit.text_in) * config["text"]["length"] + 2 * (256 * D + D * D + 6 * D * D)
+    own, d = 0, config["text"]["dim"]
+    if not config["text"]["frozen"]:
+        own = config["text"]["depth"] * (2 * L * (4 * d * d + 6 * d * d) + 4 * L * L * d)
+    return blocks + patches + around + own

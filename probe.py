@@ -434,7 +434,7 @@ def permute(a):
         # The exact flow of the shuffled clip takes its frame k, which is frame p_k, to frame p_k+1; the last one on as before.
         own = torch.stack([data.flow_between([spec], q.tolist(), [*q[1:].tolist(), q[-1].item() + 1], *world.shape[1:], device)[0]
                            for spec, q in zip(got["spec"], p)])
-        encode = lambda video, d: train.encode(tae, dict(video=video, flow=d), sigma)
+        encode = lambda video, d: data.encode(tae, dict(video=video, flow=d), sigma)
         z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
         noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(device)
         for name, (model, motion) in compared.items():
@@ -503,7 +503,7 @@ def sdedit(a):
     for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
         index = list(range(first, min(first + 32, a.clips)))
         got = world.batch(index, model.device)
-        z1 = train.encode(model.tae, got, sigma)[:, :(2 if model.motion else 1) * C]
+        z1 = data.encode(model.tae, got, sigma)[:, :(2 if model.motion else 1) * C]
         z0 = sample.noise(model, [a.seed + i for i in index])
         for k in steps:
             z = train.interpolate(z1, z0, times[k].to(model.device).expand(len(index)))
@@ -582,7 +582,7 @@ def clips_of(a, name, prompts, d):
     model = sample.load_run(a.run, stage, a.device)
     if name.startswith("Eq. 8"):
         model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
-    checksum = sample.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
+    checksum = nets.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
     key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed])
     folder, parts_of = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
     folder.mkdir(parents=True, exist_ok=True)

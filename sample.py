@@ -9,7 +9,6 @@ Letters: B clips, C latent channels of one stream, T H W latent frames, height, 
 by side (B, 2C, T, H, W); t flow-matching time, 0 noise, 1 data; w1 text, w2 motion, in that order everywhere.
 """
 import argparse
-import hashlib
 import json
 import math
 import pathlib
@@ -65,69 +64,20 @@ def ip2p_guidance(u, u_no_text, u_no_both, w_text=5.0, w_motion=3.0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs: what train.py leaves in its folder.
 
-def checksum(weights):
-    """sha256 over names and bytes of a flat dict of tensors: a flipped bit would otherwise load without a word."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def read_weights(path):
-    """A finished stage's file -> its dict; raises FileNotFoundError or ValueError, one line, where it is missing or damaged."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: train the {path.stem} first: python train.py run={path.parent} stages={path.stem}, with the run's own key=value")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                  # torch raises half a dozen types here
-        raise ValueError(f"{path} is no readable weights file ({type(error).__name__}); delete it and train the {path.stem} again") from error
-    if not isinstance(saved, dict) or not {"weights", "checksum", "step"} <= saved.keys():
-        raise ValueError(f"{path} is no weights file of train.py; delete it and train the {path.stem} again")
-    if checksum(saved["weights"]) != saved["checksum"]:
-        raise ValueError(f"{path} is damaged: its checksum does not match; delete it and train the {path.stem} again")
-    return saved
-
-
-def load_into(net, weights, path):
-    """Fill a net; raises ValueError naming the first tensor that is missing, left over or of another shape."""
-    own = net.state_dict()
-    for name in [*own, *weights]:
-        found, expected = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
-        if found != expected:
-            raise ValueError(f"{path}: {name}: found {found}, expected {expected}; the file was made with another config")
-    net.load_state_dict(weights)
-    return net
-
-
-def find_device(wish=""):
-    """The wish, or cuda, else mps, else cpu."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wish or found)
-    except RuntimeError:
-        raise ValueError(f"device={wish}: unknown, expected cuda, mps or cpu") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
-    if not there() or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={wish}: this machine or this torch {torch.__version__} has none; leave it empty to take {found}")
-    return device
-
-
 def load_run(run, stage="videojam", device=""):
     """Everything needed to sample: config, tae, text, dit (EMA weights, eval mode), motion (does it predict d?), device, stage, run."""
     run = pathlib.Path(run)
     if not (run / "config.json").exists():
         raise FileNotFoundError(f"{run} is no run folder (it has no config.json): train first, python train.py run={run}")
-    config, device = json.loads((run / "config.json").read_text()), find_device(device)
+    config, device = json.loads((run / "config.json").read_text()), nets.find_device(device)
     motion = stage == "videojam"
-    tae_file, dit_file = read_weights(run / "tae.pt"), read_weights(run / f"{stage}.pt")
+    tae_file, dit_file = nets.read_weights(run / "tae.pt"), nets.read_weights(run / f"{stage}.pt")
     if dit_file.get("tae") != tae_file["checksum"]:
         raise ValueError(f"{run}: {stage}.pt was trained on the latents of another tae.pt than the one beside it; train the {stage} again")
     pick = lambda prefix: {name[len(prefix):]: w for name, w in dit_file["weights"].items() if name.startswith(prefix)}
-    tae = load_into(nets.build_tae(config), tae_file["weights"], run / "tae.pt")
-    text = load_into(nets.build_text(config), pick("text."), run / f"{stage}.pt")
-    dit = load_into(nets.build_dit(config, motion), pick("dit."), run / f"{stage}.pt")
+    tae = nets.load_into(nets.build_tae(config), tae_file["weights"], run / "tae.pt")
+    text = nets.load_into(nets.build_text(config), pick("text."), run / f"{stage}.pt")
+    dit = nets.load_into(nets.build_dit(config, motion), pick("dit."), run / f"{stage}.pt")
     for net in (tae, text, dit):
         net.to(device).eval().requires_grad_(False)
     return types.SimpleNamespace(config=config, tae=tae, text=text, dit=dit, motion=motion, device=device, stage=stage, run=run)

@@ -2,7 +2,8 @@
 
     python train.py                                          # ten minutes on a laptop: everything, then samples and a report
     python train.py preset=small                             # one GPU
-    torchrun --nproc_per_node=2 train.py run=runs/two        # data parallel: the same global batch, split
+    torchrun --nproc_per_node=8 train.py preset=4b           # the same global batch, split; weights and optimizer sharded (FSDP2)
+    python train.py preset=30b plan=true                     # parameters, memory and time, before the bill
     python train.py data.root=videos flow.weights=raft_small.pth run=runs/mine
 
 Stages run in order and leave one weights file each in the run folder; finished ones are skipped, interrupted ones resumed.
@@ -13,18 +14,26 @@ u prediction, v its target, the velocity; keep (B,) True where motion was not dr
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
+import math
 import os
 import pathlib
+import shutil
+import signal
 import sys
 import time
 import timeit
 import types
+import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -35,7 +44,8 @@ import sample
 
 STAGES = ("tae", "base", "control", "videojam")
 LONGER = "run=runs/hour data.cache=20000 tae.steps=6000 base.steps=2000 videojam.steps=11000 videojam.lr=2e-3"
-MAY_CHANGE = ("stages", "device", "plan", "run", "micro_batch", "log_every", "save_every", "sample_every", "tae.steps", "base.steps", "videojam.steps")
+MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every", "save_every", "keep",
+              "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,106 +129,246 @@ def barrier():
         dist.barrier()
 
 
-def save(path, content):
-    """Write beside, then rename: a crash leaves the old file."""
+def whole(w):
+    """A tensor from its shards; all ranks must ask."""
+    return w.full_tensor() if isinstance(w, DTensor) else w
+
+
+def build_sharded(config, device, motion=False):
+    """{"text", "dit"} on the device with their first weights: fully_shard (FSDP2) over each DiT block, then over what is left of either net.
+
+    The shards are fp32. A block is gathered when its turn comes (in bf16 where the config says so), gradients are reduced in fp32.
+    Alone there is nothing to shard, and the same lines build the whole nets.
+    """
+    with torch.device("meta"):                                                  # sizes without memory: 30B is nowhere whole
+        parts = dict(text=nets.build_text(config), dit=nets.build_dit(config, motion))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if config["precision"] == "bf16" else None, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)                    # t in bf16 would be off by whole steps; autocast casts the rest
+    if config["compile"] == "always" or config["compile"] == "auto" and device.type == "cuda":
+        for block in parts["dit"].blocks:
+            block.compile()
+    if WORLD > 1:
+        mesh = init_device_mesh(device.type, (WORLD,))
+        for net in [*parts["dit"].blocks, *parts.values()]:
+            if any(True for _ in net.parameters()):
+                fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for part in parts.values():
+        part.to_empty(device=device)
+        part.init()
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of training, and one step of it.
+
+def prepare(config, parts, lr):
+    """Parts (name -> net) -> net, params, optimizer, ema, and `tensors`: all of it by name, what a checkpoint holds."""
+    net = nn.ModuleDict(parts).train()
+    shares = {"text": config["text"]["lr"]}                                     # an embedding of bytes forgets its text at the DiT's rate
+    groups = [dict(params=list(part.parameters()), share=shares.get(name, 1.0)) for name, part in net.items() if list(part.parameters())]
+    params = dict(net.named_parameters())
+    device = next(iter(params.values())).device
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
+    for p in params.values():                                                   # AdamW's own, made before the first step: a checkpoint needs a place to load them to
+        optimizer.state[p] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    weights = net.state_dict()                                                  # by reference
+    ema = {name: w.clone() for name, w in weights.items()}
+    moments = {key: {name: optimizer.state[p][key] for name, p in params.items()} for key in ("exp_avg", "exp_avg_sq")}
+    return types.SimpleNamespace(net=net, params=params, optimizer=optimizer, weights=weights, ema=ema, device=device, tensors=dict(net=weights, ema=ema, **moments))
+
+
+def gradient(config, state, loss_of, step, rows, micro, batch, stop=False):
+    """Gradient of the global batch, clipped, in the parameters' .grad; micro-batches and ranks add up because the loss is linear in samples.
+
+    rows: this rank's samples, in `micro` parts. Returns {name: sum over the global batch}, {name: (10,) sums of this rank}, the gradient's norm.
+    """
+    sharded = any(isinstance(p, DTensor) for p in state.params.values())
+    logs, tenths = {}, {}
+    for i in range(micro):
+        part = rows[i::micro]
+        with kernels(config, state.device):
+            loss, scalars, bins = loss_of(step, part)
+            (loss * len(part) / batch * (WORLD if sharded else 1)).backward()   # FSDP takes the mean over the ranks
+        for name, value in scalars.items():
+            logs[name] = logs.get(name, 0) + value.detach()
+        for name, value in bins.items():
+            tenths[name] = tenths.get(name, 0) + value.detach()
+    for p in state.params.values():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    logs["stop"] = torch.tensor(float(stop), device=state.device)               # one rank that was told to stop tells all
+    total = torch.stack(list(logs.values()))
+    sum_over_ranks([total] + [p.grad for p in state.params.values() if not sharded])
+    norm = nn.utils.clip_grad_norm_(state.params.values(), config["clip"])
+    return dict(zip(logs, total.tolist())), tenths, whole(norm).item()
+
+
+def update(config, state, step, lr):
+    """AdamW, then the average of the weights."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["share"]
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    decay = min(config["ema"], (1 + step) / (10 + step))                        # warm-up, or the average would be the noise of the start
+    names = [name for name, w in state.ema.items() if w.is_floating_point()]
+    torch._foreach_lerp_([state.ema[n] for n in names], [state.weights[n] for n in names], 1 - decay)
+
+
+@torch.no_grad()
+def swap(state):
+    """Exchange the weights and their average, tensor by tensor; once more to undo."""
+    for name, w in state.weights.items():
+        kept = w.clone()
+        w.copy_(state.ema[name])
+        state.ema[name].copy_(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: <run>/<stage>.state/step-N, one file per rank, written by torch's DCP, which also reads them for another number of ranks.
+
+def cause(error):
+    """DCP collects the errors of all ranks: the first one, in a line."""
+    first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}"
+
+
+def checkpoints(folder):
+    """The finished ones, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix != ".tmp"), key=lambda path: -int(path.name[5:]))
+
+
+def save_state(folder, state, step, parent, keep):
+    """Write step-N.tmp, rename it to step-N, delete all but the last `keep`; OSError where it cannot be written: the older ones stay."""
+    path = folder / f"step-{step}"
+    temporary = path.with_suffix(".tmp")
     if RANK == 0:
-        torch.save(content, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     barrier()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # alone it is
+            dcp.save(state.tensors, checkpoint_id=temporary)
+        if RANK == 0:
+            (temporary / "state.json").write_text(json.dumps(dict(step=step, parent=parent)))
+    except (CheckpointException, OSError) as error:
+        if RANK == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        older = checkpoints(folder)
+        raise OSError(f"{path} could not be written ({cause(error)}): is the disk full? The last state is {older[0] if older else 'none'}; the same command goes on from it") from None
+    if RANK == 0:
+        shutil.rmtree(path, ignore_errors=True)                                 # a torn one, else this step would not be taken again
+        os.replace(temporary, path)
+        for old in checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_state(folder, state, parent):
+    """Fill the state from the newest checkpoint that can be read -> its step, 0 where there is none.
+
+    ValueError for one of another parent or architecture, and where there are checkpoints and none can be read.
+    """
+    tried = []
+    for path in checkpoints(folder):
+        try:
+            about = json.loads((path / "state.json").read_text())
+            there = {name: tuple(w.size) for name, w in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
+        except Exception as error:                                              # unpickling raises anything
+            tried.append(f"{path} is torn ({cause(error)})")
+            print0(f"{tried[-1]}; trying the one before")
+            continue
+        if about["parent"] != parent:
+            raise ValueError(f"{path} was trained on another base.pt or tae.pt than the one in {folder.parent}: delete {folder}, or take a new run folder")
+        here = {f"{kind}.{name}": tuple(w.shape) for kind, named in state.tensors.items() for name, w in named.items()}
+        for name in [*here, *there]:
+            if there.get(name) != here.get(name):
+                raise ValueError(f"{path}: {name}: found {there.get(name, 'nothing')}, expected {here.get(name, 'nothing')}; it was made with another config: "
+                                 f"delete {folder}, or take a new run folder")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(state.tensors, checkpoint_id=path)
+        except CheckpointException as error:
+            tried.append(f"{path} is torn ({cause(error)})")
+            print0(f"{tried[-1]}; trying the one before")
+            continue
+        for moments in state.optimizer.state.values():
+            moments["step"].fill_(about["step"])
+        return about["step"]
+    if tried:
+        raise ValueError(f"{'; '.join(tried)}: delete {folder} to start this stage again")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The one training loop, for the TAE and for the DiT.
 
-def fit(config, stage, parts, loss_of, steps, batch, lr, device, parent="", after=lambda parts, step: None):
-    """Train `parts` (name -> net) by AdamW up to `steps` and write <run>/<stage>.pt with the averaged weights.
+class Stopped(Exception):
+    """SIGTERM came; the state is saved."""
+
+
+def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda net, step: None):
+    """Train `parts` (name -> net) by AdamW up to `steps` -> the net with its averaged weights, and those weights whole, on rank 0.
 
     loss_of(step, rows) -> (mean loss over these rows of the global batch, {name: sum of it over the rows}, {name: (10,) sums per tenth of t}).
-    Resumes from <run>/<stage>.state.pt. Raises ValueError at the first loss that is not finite, leaving the last state as it was.
+    Resumes from <run>/<stage>.state. ValueError at the first loss that is not finite, leaving the last state as it was; Stopped after a SIGTERM.
     """
     run = pathlib.Path(config["run"])
-    net = nn.ModuleDict(parts).to(device).train()
-    params = [p for p in net.parameters() if p.requires_grad]
-    shares = {"text": config["text"]["lr"]}                                     # an embedding of bytes forgets its text at the DiT's rate
-    groups = [dict(params=list(part.parameters()), share=shares.get(name, 1.0)) for name, part in net.items() if list(part.parameters())]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
-    ema = {name: w.detach().clone() for name, w in net.state_dict().items()}
-    step, state_path = 0, run / f"{stage}.state.pt"
-    if state_path.exists():
-        try:
-            state = torch.load(state_path, map_location=device, weights_only=True)
-        except Exception as error:                                              # torch raises half a dozen types here
-            raise ValueError(f"{state_path} is damaged ({type(error).__name__}): delete it, {stage} then starts again") from error
-        if state["parent"] != parent:
-            raise ValueError(f"{state_path} was trained on another {'base' if stage != 'base' else 'tae'} than the one in {run}: delete it, or take a new run folder")
-        sample.load_into(net, state["net"], state_path)
-        optimizer.load_state_dict(state["optimizer"])
-        ema, step = state["ema"], state["step"]
-        if step > steps:
-            raise ValueError(f"{state_path} is at step {step}, beyond {stage}.steps={steps}: ask for at least as many, or take a new run folder")
+    folder = run / f"{stage}.state"
+    state = prepare(config, parts, lr)
+    step = load_state(folder, state, parent)
+    if step > steps:
+        raise ValueError(f"{folder} is at step {step}, beyond {stage}.steps={steps}: ask for at least as many, or take a new run folder")
+    if step:
         print0(f"{stage}: resumed at step {step}")
     forget_lines(run / "log.jsonl", stage, step)
     rows = list(range(RANK, batch, WORLD))                                      # this rank's share of the global batch
-    micro = config["micro_batch"] or len(rows)
-    print0(f"{stage}: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x "
-           f"{-(-len(rows) // micro)} micro-batches x {min(micro, len(rows))} clips")
-    bar = tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True)
-    sums, tenths, clock, since = {}, {}, time.time(), step
-    while step < steps:
-        # ---- gradient of the global batch: micro-batches and ranks add up because the loss is linear in samples
-        logs = {}
-        for i in range(0, len(rows), micro):
-            part = rows[i:i + micro]
-            loss, scalars, bins = loss_of(step, part)
-            (loss * len(part) / batch).backward()
-            for name, value in scalars.items():
-                logs[name] = logs.get(name, 0) + value.detach()
-            for name, value in bins.items():
-                tenths[name] = tenths.get(name, 0) + value.detach()
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        total = torch.stack(list(logs.values()))
-        sum_over_ranks([p.grad for p in params] + [total])
-        # ---- stop before anything is spoilt
-        logs = dict(zip(logs, total.tolist()))
-        norm = nn.utils.clip_grad_norm_(params, config["clip"]).item()
-        if not all(map(torch.isfinite, (total.sum(), torch.tensor(norm)))):
-            bar.close()
-            raise ValueError(f"{stage}: the loss or its gradient is not finite at step {step}; nothing was saved, the last state is "
-                             f"{state_path if state_path.exists() else 'none'}; lower {stage}.lr or set another seed")
-        # ---- update
-        rise, fall = (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"] * min(1, rise, fall)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(config["ema"], (1 + step) / (10 + step))                    # warm-up, or the average would be the noise of the start
-        own = net.state_dict()
-        torch._foreach_lerp_([ema[n] for n in own if own[n].is_floating_point()], [w for w in own.values() if w.is_floating_point()], 1 - decay)
-        step += 1
-        # ---- log, save, look
-        for name, value in logs.items():
-            sums[name] = sums.get(name, 0) + value
-        bar.set_postfix(loss=f"{sums['loss'] / max(sums['clips'], 1):.4f}")
-        bar.update()
-        if step % config["log_every"] == 0 or step == steps:
-            sum_over_ranks(list(tenths.values()))
-            if RANK == 0:
-                log_line(run, stage, step, sums, tenths, lr=lr * min(1, rise, fall), norm=norm, seconds=time.time() - clock, steps=step - since)
-            sums, tenths, clock, since = {}, {}, time.time(), step
-        if step % config["save_every"] == 0 or step == steps:
-            save(state_path, dict(net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), step=step, parent=parent))
-        if config["sample_every"] and step % config["sample_every"] == 0 and step < steps:
-            average = net.state_dict() | ema
-            keep = {name: w.clone() for name, w in net.state_dict().items()}
-            net.load_state_dict(average)
-            after(net.eval(), step)
-            net.load_state_dict(keep)
-            net.train()
-    bar.close()
-    weights = {name: w.cpu() for name, w in ema.items()}
-    net.load_state_dict(ema)
-    return net.eval().requires_grad_(False), weights
+    most = -(-batch // WORLD)
+    micro = -(-most // (config["micro_batch"] or most))                         # as many parts on every rank: they meet in each
+    if micro > batch // WORLD:
+        raise ValueError(f"batch={batch} over {WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // WORLD} clips for {micro} micro-batches, "
+                         f"expected a clip for each: take another micro_batch or number of ranks")
+    print0(f"{stage}: {sum(p.numel() for p in state.params.values()) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x {micro} micro-batches x {-(-most // micro)} clips")
+    sums, tenths, clock, since, told = {}, {}, time.time(), step, False
+    with sigterm() as came, tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True) as bar:
+        while step < steps and not told:
+            logs, bins, norm = gradient(config, state, loss_of, step, rows, micro, batch, bool(came))
+            told = logs.pop("stop") > 0                                         # all ranks know it in the same step
+            if not all(map(math.isfinite, (*logs.values(), norm))):             # stop before anything is spoilt
+                bar.close()
+                last = checkpoints(folder)
+                raise ValueError(f"{stage}: the loss or its gradient is not finite at step {step}; nothing was saved, the last state is "
+                                 f"{last[0] if last else 'none'}; lower {stage}.lr or set another seed")
+            now = lr * min(1, (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1))
+            update(config, state, step, now)
+            step += 1
+            # ---- log, save, look
+            for total, new in ((sums, logs), (tenths, bins)):
+                for name, value in new.items():
+                    total[name] = total.get(name, 0) + value
+            bar.set_postfix(loss=f"{sums['loss'] / max(sums['clips'], 1):.4f}")
+            bar.update()
+            if step % config["log_every"] == 0 or step == steps:
+                sum_over_ranks(list(tenths.values()))
+                if RANK == 0:
+                    log_line(run, stage, step, sums, tenths, lr=now, norm=norm, seconds=time.time() - clock, steps=step - since)
+                sums, tenths, clock, since = {}, {}, time.time(), step
+            if step % config["save_every"] == 0 or step == steps or told:
+                save_state(folder, state, step, parent, config["keep"])
+            if config["sample_every"] and step % config["sample_every"] == 0 and step < steps and not told:
+                swap(state)
+                look(state.net.eval(), step)
+                state.net.train()
+                swap(state)
+    if told:
+        raise Stopped(f"{stage}: SIGTERM at step {step} of {steps}, saved in {folder}; the same command goes on")
+    swap(state)
+    weights = {}
+    for name, w in state.weights.items():
+        w = whole(w)                                                            # one at a time, and rank 0 alone keeps them
+        if RANK == 0:
+            weights[name] = w.cpu()
+    return state.net.eval().requires_grad_(False), weights
 
 
 def fastest_precision(device):
@@ -233,15 +383,25 @@ def fastest_precision(device):
     return "bf16" if seconds[1] < 0.6 * seconds[0] else "fp32"                  # autocast itself costs time
 
 
-@contextlib.contextmanager
 def precision(config, device):
     """Autocast to bf16 where it pays; weights, gradients, optimizer and loss stay in fp32."""
-    with contextlib.ExitStack() as stack:
-        if config["precision"] == "bf16":
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            if device.type == "cpu":                                            # its flash kernel is slow in bf16, and tokens are few here
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+
+
+def kernels(config, device):
+    """For the forward and the backward pass: on CPUs the flash kernel is slow in bf16, and tokens are few."""
+    return sdpa_kernel(SDPBackend.MATH) if config["precision"] == "bf16" and device.type == "cpu" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def sigterm():
+    """A list that has an entry once SIGTERM has come: schedulers send it some seconds before they kill."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def forget_lines(path, stage, step):
@@ -264,10 +424,12 @@ def log_line(run, stage, step, sums, tenths, lr, norm, seconds, steps):
         file.write(json.dumps(line) + "\n")
 
 
-def finish(config, stage, net, weights, step, parent="", tae=""):
+def finish(config, stage, weights, step, parent="", tae=""):
     """<run>/<stage>.pt: plain averaged weights that torch.load(weights_only=True) reads, with config, checksum, the parent's and the TAE's."""
-    save(pathlib.Path(config["run"]) / f"{stage}.pt",
-         dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=sample.checksum(weights), parent=parent, tae=tae))
+    if RANK == 0:
+        nets.save(pathlib.Path(config["run"]) / f"{stage}.pt",
+             dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=nets.checksum(weights), parent=parent, tae=tae))
+    barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,10 +466,9 @@ def train_tae(config, clips, device):
         scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows)), device=device))
         return loss.mean(), scalars, {}
 
-    net, weights = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"], device)
-    tae = net["tae"]
+    tae = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"])[0]["tae"]           # whole on every rank
     tae.statistics.copy_(measure_statistics(tae, clips, config, device))        # choice 3: measured once, stored with the weights
-    finish(config, "tae", tae, {name: w.cpu() for name, w in tae.state_dict().items()}, config["tae"]["steps"])
+    finish(config, "tae", {name: w.cpu() for name, w in tae.state_dict().items()}, config["tae"]["steps"])
     if RANK == 0:                                                               # look: three clips and below each what the TAE makes of it
         got = clips.batch(range(min(3, n or 3)), device)
         pairs = [(got["video"], False), (flow.flow_to_rgb(got["flow"], sigma), True)]
@@ -333,52 +494,24 @@ def measure_statistics(tae, clips, config, device, count=256):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 2 and 3: the DiT on latents. `base` and `control` are Eq. 3, `videojam` is Eq. 6.
 
-@torch.no_grad()
-def encode(tae, got, sigma):
-    """A batch of clips -> z = [x, d] (B, 2C, T, H, W), each stream normalised by its own statistics."""
-    return torch.cat([tae.encode(got["video"]), tae.encode(flow.flow_to_rgb(got["flow"], sigma), motion=True)], dim=1)
-
-
-class Latents:
-    """z and captions by clip number: encoded once and kept (data.cache), or encoded when asked for."""
-
-    def __init__(self, config, tae, clips, device):
-        self.tae, self.clips, self.device, self.sigma = tae, clips, device, config["flow"]["sigma"]
-        self.n = len(clips) if config["data"]["root"] else config["data"]["cache"]
-        self.kept = None
-        if 0 < self.n <= config["data"]["cache"]:
-            chunks = [range(i, min(i + 32, self.n)) for i in range(0, self.n, 32)]
-            got = [self.fresh(chunk) for chunk in tqdm(chunks, desc="encoding", unit_scale=32, unit="clip", disable=RANK > 0, dynamic_ncols=True)]
-            self.kept = torch.cat([z.half() for z, _ in got]), list(itertools.chain(*(captions for _, captions in got)))
-
-    def fresh(self, indices):
-        got = self.clips.batch(indices, self.device)
-        return encode(self.tae, got, self.sigma), got["caption"]
-
-    def __call__(self, indices):
-        if self.kept is None:
-            return self.fresh(indices)
-        return self.kept[0][indices].float(), [self.kept[1][i] for i in indices]
-
-
 def train_dit(config, stage, latents, device):
     run, seed, batch = pathlib.Path(config["run"]), config["seed"], config["batch"]
     motion, steps, lr = stage == "videojam", config["videojam"]["steps"], config["videojam"]["lr"]
-    text, dit = nets.build_text(config), nets.build_dit(config)
     first, C = 0, nets.latent_size(config)[0]
-    tae = parent = sample.read_weights(run / "tae.pt")["checksum"]
+    parts = build_sharded(config, device, motion)                               # sec. 4.2: with `motion` the two layers are widened; all weights are trained
+    text, dit = parts.values()
+    tae = parent = nets.read_weights(run / "tae.pt")["checksum"]
     if stage == "base":
         steps, lr = config["base"]["steps"], config["base"]["lr"]
     else:                                                                       # control and videojam go on from the base, on the same new clips
-        saved = sample.read_weights(run / "base.pt")
+        saved = nets.read_weights(run / "base.pt")
         parent, first = saved["checksum"], saved["step"]
-        sample.load_into(nn.ModuleDict(dict(text=text, dit=dit)), saved["weights"], run / "base.pt")
-    if motion:
-        dit.add_motion()                                                        # sec. 4.2: the surgery; all weights are trained
+        widened = [f"dit.{name}" for name in dit.state_dict() if name.startswith("motion_")]
+        nets.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
 
     def loss_of(step, rows):
         step += first
-        z1, captions = latents([clip_index(seed, step * batch + row, latents.n) for row in rows])
+        z1, captions, cached = latents([clip_index(seed, step * batch + row, latents.n) for row in rows])
         z1 = z1.to(device)
         t, z0, keep_text, keep = map(torch.stack, zip(*(draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"], config["t_mean"]) for row in rows)))
         t, z0, keep = t.to(device), z0.to(device), keep.to(device)
@@ -387,9 +520,8 @@ def train_dit(config, stage, latents, device):
         zt, v = interpolate(z1, z0, t), velocity(z1, z0)                        # Eqs. 1, 2: each stream its own noise, one shared t
         if motion:
             zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep, zt)], dim=1)  # dropped: d_t = 0 exactly, after the noising
-        prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text.tolist())]
         with precision(config, device):                                         # the nets alone: RAFT and the data stay in fp32
-            u = dit(zt, t, *text(prompts))
+            u = dit(zt, t, *features(text, captions, keep_text, cached))
         loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()           # Eq. 6, or Eq. 3
         # what is logged
         loss_x = mse(u[:, :C], v[:, :C]).detach()
@@ -401,20 +533,27 @@ def train_dit(config, stage, latents, device):
             scalars.update(loss_d=loss_d.sum(), kept=keep.float().sum())
         return loss, scalars, bins
 
-    def look(net, step):
-        if RANK == 0:
-            write_samples(config, stage, net, latents, device, step)
-
-    net, weights = fit(config, stage, dict(text=text, dit=dit), loss_of, steps, batch, lr, device, parent, look)
-    finish(config, stage, net, weights, steps, parent, tae)
+    look = functools.partial(write_samples, config, stage, latents)
+    net, weights = fit(config, stage, parts, loss_of, steps, batch, lr, parent, look)
+    finish(config, stage, weights, steps, parent, tae)
     look(net, steps)
 
 
-def write_samples(config, stage, net, latents, device, step):
-    """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance."""
-    model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=device)
+def features(text, captions, keep, cached=None):
+    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3). cached: a frozen encoder's, from the cache on disk."""
+    if cached is None:
+        return text([caption if kept else "" for caption, kept in zip(captions, keep.tolist())])
+    null = text([""])
+    return tuple([torch.where(keep.to(n.device).view(-1, *[1] * (n.dim() - 1)), f.to(n), n) for f, n in zip(*pair)] for pair in zip(cached, null))
+
+
+def write_samples(config, stage, latents, net, step):
+    """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance. All ranks sample, rank 0 writes."""
+    model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=latents.device)
     prompts = latents.clips.prompts()[:4]
-    video, motion = sample.generate(model, prompts, range(len(prompts)))
+    video, motion = sample.generate(model, prompts, range(len(prompts)), bar=RANK == 0)
+    if RANK > 0:
+        return
     path = pathlib.Path(config["run"]) / "samples" / f"{stage}-{step}.png"
     sample.write_sheet(path, sample.interleave(video, motion))
     stack = lambda clips: None if clips is None else torch.cat(list(clips), dim=2)              # one below the other
@@ -477,8 +616,8 @@ def done(config, stage):
     run, before = pathlib.Path(config["run"]), {"tae": None, "base": "tae"}.get(stage, "base")
     if not (run / f"{stage}.pt").exists():
         return False
-    saved = sample.read_weights(run / f"{stage}.pt")
-    if before and (run / f"{before}.pt").exists() and saved["parent"] != sample.read_weights(run / f"{before}.pt")["checksum"]:
+    saved = nets.read_weights(run / f"{stage}.pt")
+    if before and (run / f"{before}.pt").exists() and saved["parent"] != nets.read_weights(run / f"{before}.pt")["checksum"]:
         raise ValueError(f"{run / stage}.pt was trained on another {before}.pt than the one beside it: delete {stage}.*, or take a new run folder")
     return saved["step"] >= config["videojam" if stage == "control" else stage]["steps"]
 
@@ -494,7 +633,7 @@ def main(argv=None):
     batch = min(config["tae"]["batch"] if stage == "tae" else config["batch"] for stage in stages)
     if WORLD > batch:
         raise ValueError(f"{WORLD} ranks for a global batch of {batch} clips: expected at most one rank per clip")
-    device = sample.find_device(config["device"])
+    device = nets.find_device(config["device"])
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
@@ -513,8 +652,8 @@ def main(argv=None):
             continue
         if latents is None:
             tae_path = pathlib.Path(config["run"]) / "tae.pt"
-            tae = sample.load_into(nets.build_tae(config), sample.read_weights(tae_path)["weights"], tae_path)
-            latents = Latents(config, tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), clips, device)
+            tae = nets.load_into(nets.build_tae(config), nets.read_weights(tae_path)["weights"], tae_path)
+            latents = data.Latents(config, tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), clips, device, bar=RANK == 0)
         train_dit(config, stage, latents, device)
     if RANK == 0:
         print0(f"trained in {(time.time() - start) / 60:.1f} minutes")
@@ -545,3 +684,9 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}" if RANK == 0 else 1)
+    except Stopped as stopped:
+        print0(f"train.py: {stopped}")
+        barrier()                                                               # gloo aborts where one rank is gone before the others
+        if WORLD > 1:
+            dist.destroy_process_group()
+        sys.exit(128 + signal.SIGTERM)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,6 +26,21 @@ def command(*args, **env):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **env}
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
+
+
+def states(run, stage):
+    """The names of a stage's checkpoints, oldest first."""
+    return sorted((path.name for path in (Path(run) / f"{stage}.state").iterdir()), key=lambda name: int(name.split("-")[1].split(".")[0]))
+
+
+def read_state(run, stage, step):
+    """A checkpoint, read by torch's own converter: {"net", "ema", "exp_avg", "exp_avg_sq": {name: tensor}}."""
+    folder = Path(run) / f"{stage}.state" / f"step-{step}"
+    dcp_to_torch_save(folder, folder.with_suffix(".whole"))
+    try:
+        return torch.load(folder.with_suffix(".whole"), weights_only=True)
+    finally:
+        folder.with_suffix(".whole").unlink()
 
 
 @pytest.fixture(scope="session")

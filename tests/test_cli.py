@@ -18,6 +18,7 @@ import torch
 
 import data
 import flow
+import model as nets
 import sample
 from conftest import ROOT, TINY, command
 
@@ -225,7 +226,7 @@ def test_latents_of_another_tae_are_refused(run, monkeypatch):
     saved = torch.load(run / "tae.pt", weights_only=True)
     name = next(iter(saved["weights"]))
     saved["weights"][name] = saved["weights"][name] + 1
-    saved["checksum"] = sample.checksum(saved["weights"])
+    saved["checksum"] = nets.checksum(saved["weights"])
     torch.save(saved, run / "tae.pt")
     assert "another tae.pt" in one_line(script(monkeypatch, "sample.py", "a red square moving right", "--run", run), "sample.py: ")
 
@@ -238,7 +239,7 @@ def test_samples_at_intervals(run, monkeypatch):
         shutil.copy(run / "tae.pt", new)
         assert script(monkeypatch, "train.py", *TINY, f"run={new}", "stages=base", "base.steps=3", f"sample_every={every}", "log_every=2") is None
     assert {"base-1.png", "base-2.mp4", "base-3.png"} <= {p.name for p in (new / "samples").iterdir()}
-    a, b = (sample.read_weights(run.with_name(name) / "base.pt")["checksum"] for name in ("without", "with"))
+    a, b = (nets.read_weights(run.with_name(name) / "base.pt")["checksum"] for name in ("without", "with"))
     assert a == b
 
 

@@ -16,6 +16,7 @@ import torch
 import data
 import flow
 import probe
+import model as nets
 import sample
 import train
 from conftest import TINY

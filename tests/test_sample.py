@@ -377,12 +377,12 @@ def test_weights_of_another_shape_are_refused(run):
 def test_checksum_sees_names_and_values():
     """The checksum changes with the last bit of a value and with a name, not with the memory layout (shapes are load_into's). Reference: the change made."""
     w = {"a": rand(4, 6), "b": rand(3)}
-    first = sample.checksum(w)
-    assert first == sample.checksum({"a": w["a"].t().contiguous().t(), "b": w["b"].clone()})
-    assert first != sample.checksum({"a": w["a"], "c": w["b"]})
+    first = nets.checksum(w)
+    assert first == nets.checksum({"a": w["a"].t().contiguous().t(), "b": w["b"].clone()})
+    assert first != nets.checksum({"a": w["a"], "c": w["b"]})
     changed = w["a"].clone()
     changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(9.0))
-    assert first != sample.checksum({"a": changed, "b": w["b"]})
+    assert first != nets.checksum({"a": changed, "b": w["b"]})
 
 
 @pytest.mark.parametrize("missing, expected", [("config.json", "no run folder"), ("tae.pt", "train the tae first"), ("videojam.pt", "train the videojam first")])
