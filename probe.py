@@ -3,6 +3,7 @@
     python probe.py permute                                  # Fig. 3: does the loss notice that frames were shuffled?
     python probe.py sdedit                                   # Fig. 8: by which step are motion and appearance settled?
     python probe.py ablate                                   # Tabs. 1, 3: base, control, VideoJAM, its ablations, read from the pixels
+    python probe.py speed preset=small                       # clips, tokens and FLOPs per second, memory; key=value as train.py takes them
     torchrun --nproc_per_node=2 -- probe.py ablate --run runs/hour      # without the -- torchrun takes --run for its own
 
 Results go to <run>/probe as CSV and PNG. Letters: T frames, H height, W width, z = [x, d] appearance and motion latents, t flow-matching
@@ -17,12 +18,14 @@ import os
 import pathlib
 import shlex
 import sys
+import time
 import types
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flow
@@ -724,15 +727,147 @@ def tables(rows, stats):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Speed.
 
-EXPERIMENTS = dict(permute=permute, sdedit=sdedit, ablate=ablate)
+class Memory:
+    """Peak memory in bytes since `reset`, less what was there when this object was made: of the GPU, else of the process (Linux)."""
+
+    def __init__(self, device):
+        self.cuda, self.before = device.type == "cuda", 0
+        self.reset()
+        self.before = self.peak()
+
+    def reset(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):
+            pathlib.Path("/proc/self/clear_refs").write_text("5")               # resets VmHWM, the most that was resident
+
+    def peak(self):
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), math.nan) - self.before
+
+
+def timed(device, work):
+    """Seconds that work() takes, the GPU's included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def peak_flops(config, device):
+    """FLOP/s that count as 100 %: the config's `tflops` for a GPU; elsewhere the best of ten products of 2048 x 2048 matrices, measured."""
+    if device.type == "cuda":
+        return 1e12 * config["tflops"], f"of {config['tflops']:g} TFLOP/s (tflops=)"
+    a = torch.ones(2048, 2048, dtype=torch.bfloat16 if config["precision"] == "bf16" else torch.float32, device=device)
+    best = 2 * 2048 ** 3 / min(timed(device, lambda: a @ a) for _ in range(10))
+    return best, f"of {best / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here"
+
+
+def tae_flops(tae, call):
+    """FLOPs of call(tae), counted by torch on the meta device."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(tae)
+    return counter.get_total_flops()
+
+
+def speed(a):
+    """Training steps of base and joint net in turn, encoding and sampling: clips, tokens and FLOPs per second, share of the peak, memory.
+
+    FLOPs are the model's own, a multiply-add counts two. The nets' forward pass (`model.flops`) with N video and L text tokens, width D, SwiGLU h:
+        depth [2 N (6 D² + 3 D h) + 4 L D² + 4 N (N + L) D] + 4 N D C p² per stream + text_in, time and modulation + the text encoder
+    and three times that in training; attention counts whole, what checkpointing computes again not at all. The TAE's are torch's own count.
+    """
+    config = nets.load_config(a.settings)
+    device = nets.find_device(a.device or config["device"])
+    if config["precision"] == "auto":
+        config["precision"] = train.fastest_precision(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    size, N = nets.latent_size(config), math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
+    share, whose = peak_flops(config, device)
+    rows, memory = [], Memory(device)
+
+    def row(what, seconds, clips, flops, ranks):
+        peak = memory.peak()
+        rows.append(dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / ranks / 1e12,
+                         share=flops / seconds / ranks / share, peak_gb=peak / 1e9))
+        memory.reset()
+
+    # ---- training, as train.py does it; one net is both: the base is the joint one without its two layers of motion
+    z = torch.randn(max(1, -(-config["batch"] // train.WORLD)), 2 * size[0], *size[1:], generator=train.generator(a.seed, "speed"))
+    latents = lambda index: (z[:len(index)], [data.PROMPTS[i % len(data.PROMPTS)] for i in index], None)
+    latents.n = 0
+    parts = train.build_sharded(config, device, motion=True)
+    state = train.prepare(config, parts, 1e-4)
+    layers = parts["dit"].motion_in, parts["dit"].motion_out
+    mine = list(range(train.RANK, config["batch"], train.WORLD))
+    micro = -(-len(mine) // (config["micro_batch"] or len(mine)))
+
+    def step(k, motion):
+        parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
+        train.gradient(config, state, train.dit_loss(config, parts, motion, latents, device), k, mine, micro, config["batch"])
+        train.update(config, state, k, 1e-4)
+
+    step(0, False), step(0, True)                                               # allocations, compilation
+    memory.reset()
+    took, start = {False: [], True: []}, time.perf_counter()
+    while len(took[True]) < a.clips and (len(took[True]) < 3 or time.perf_counter() - start < 120):
+        for motion in (False, True):
+            took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
+    together = train.plan({**config, "gpus": train.WORLD}, quiet=True)["together"]
+    for motion, what in ((False, "training step, base"), (True, "training step, joint")):
+        row(what, float(np.median(took[motion])), config["batch"], 3 * nets.flops(config, motion) * config["batch"], train.WORLD)
+    rows[1]["peak_gb"] = rows[0]["peak_gb"]                                     # they took turns
+    ratio = np.divide(took[True], took[False])
+    # ---- encoding and sampling, on each GPU by itself
+    del state
+    tae = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
+    clips = data.MovingShapes(config["frames"], config["height"], config["width"], a.seed)
+    got = clips.batch(range(min(4, config["batch"])), device)
+    with torch.device("meta"):
+        counted = nets.build_tae(config)
+    video = torch.empty(1, 3, config["frames"], config["height"], config["width"], device="meta")
+    memory.reset()
+    n = len(got["video"])
+    row("encoding, both streams", min(timed(device, lambda: data.encode(tae, got, config["flow"]["sigma"])) for _ in range(3)), n,
+        2 * n * tae_flops(counted, lambda tae: tae.encode(video)), 1)
+    o = sample.settle(model)
+    branches = 2 * o["steps"] + o["motion_steps"]
+    decoding = 2 * tae_flops(counted, lambda tae: tae.decode(torch.empty(1, *size), config["frames"]))
+    seconds = timed(device, lambda: sample.generate(model, data.STRAIGHT[:1], [a.seed], bar=train.RANK == 0))
+    row(f"sampling, {o['steps']} steps, {branches} evaluations", seconds, 1, branches * nets.flops(config, True) + decoding, 1)
+    if train.RANK:
+        return
+    out = pathlib.Path(config["run"]) / "probe"
+    write_csv(out / "speed.csv", rows)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{config['preset']}: {N} tokens a clip, {config['batch']} clips a step, {micro} micro-batches, {config['precision']}, checkpointing {config['checkpointing']}; "
+          f"{train.WORLD} x {where}, torch {torch.__version__}\n")
+    print("| | seconds | clips/s | tokens/s | TFLOP/s each | share of peak | peak memory |\n|---|---|---|---|---|---|---|")
+    for r in rows:
+        print(f"| {r['what']} | {r['seconds']:.3g} | {r['clips_per_s']:.3g} | {r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {100 * r['share']:.1f} % | {r['peak_gb']:.2f} GB |")
+    print(f"\njoint / base: {np.median(ratio):.3f}x, median of {len(ratio)} pairs (middle half {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f}); peak: {whose}; "
+          f"memory of training: measured {rows[1]['peak_gb']:.2f} GB, planned {together / 1e9:.2f} GB; {out / 'speed.csv'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = dict(permute=permute, sdedit=sdedit, ablate=ablate, speed=speed)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="The paper's experiments on the embedded world.")
     p.add_argument("experiment", choices=EXPERIMENTS)
+    p.add_argument("settings", nargs="*", help="speed: key=value as for train.py, in place of a run")
     p.add_argument("--run", default="runs/tiny")
-    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
+    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts), or steps of speed (default 20, in two minutes at most)")
     p.add_argument("--stage", choices=("videojam", "base", "control"), help="sdedit: which model (default videojam)")
     p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the 128 held-out ones")
     p.add_argument("--seed", type=int, default=0)
@@ -743,11 +878,13 @@ def main(argv=None):
     for flag, experiment in (("stage", "sdedit"), ("prompts", "ablate")):
         if getattr(a, flag) and a.experiment != experiment:
             raise ValueError(f"--{flag} is for {experiment}, found it with {a.experiment}: leave it out")
+    if a.settings and a.experiment != "speed":
+        raise ValueError(f"{a.experiment} reads the config from --run, found {' '.join(a.settings)}: leave it out")
     if a.experiment != "ablate":
-        a.clips = a.clips or 128
+        a.clips = a.clips or (20 if a.experiment == "speed" else 128)
     if train.WORLD > 1:
-        dist.init_process_group("gloo")
         a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+        dist.init_process_group("nccl" if a.experiment == "speed" and a.device.startswith("cuda") else "gloo")
     EXPERIMENTS[a.experiment](a)
     train.barrier()
     if train.WORLD > 1:

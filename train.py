@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -494,24 +495,14 @@ def measure_statistics(tae, clips, config, device, count=256):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 2 and 3: the DiT on latents. `base` and `control` are Eq. 3, `videojam` is Eq. 6.
 
-def train_dit(config, stage, latents, device):
-    run, seed, batch = pathlib.Path(config["run"]), config["seed"], config["batch"]
-    motion, steps, lr = stage == "videojam", config["videojam"]["steps"], config["videojam"]["lr"]
-    first, C = 0, nets.latent_size(config)[0]
-    parts = build_sharded(config, device, motion)                               # sec. 4.2: with `motion` the two layers are widened; all weights are trained
-    text, dit = parts.values()
-    tae = parent = nets.read_weights(run / "tae.pt")["checksum"]
-    if stage == "base":
-        steps, lr = config["base"]["steps"], config["base"]["lr"]
-    else:                                                                       # control and videojam go on from the base, on the same new clips
-        saved = nets.read_weights(run / "base.pt")
-        parent, first = saved["checksum"], saved["step"]
-        widened = [f"dit.{name}" for name in dit.state_dict() if name.startswith("motion_")]
-        nets.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
+def dit_loss(config, parts, motion, latents, device, first=0):
+    """The loss_of of `fit` for the DiT: Eq. 6 with motion, else Eq. 3. latents(list of clip numbers) -> z, captions, stored features; first: steps before this stage."""
+    seed, batch, C = config["seed"], config["batch"], nets.latent_size(config)[0]
+    text, dit = parts["text"], parts["dit"]
 
     def loss_of(step, rows):
         step += first
-        z1, captions, cached = latents([clip_index(seed, step * batch + row, latents.n) for row in rows])
+        z1, captions, stored = latents([clip_index(seed, step * batch + row, latents.n) for row in rows])
         z1 = z1.to(device)
         t, z0, keep_text, keep = map(torch.stack, zip(*(draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"], config["t_mean"]) for row in rows)))
         t, z0, keep = t.to(device), z0.to(device), keep.to(device)
@@ -521,7 +512,7 @@ def train_dit(config, stage, latents, device):
         if motion:
             zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep, zt)], dim=1)  # dropped: d_t = 0 exactly, after the noising
         with precision(config, device):                                         # the nets alone: RAFT and the data stay in fp32
-            u = dit(zt, t, *features(text, captions, keep_text, cached))
+            u = dit(zt, t, *features(text, captions, keep_text, stored))
         loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()           # Eq. 6, or Eq. 3
         # what is logged
         loss_x = mse(u[:, :C], v[:, :C]).detach()
@@ -532,19 +523,31 @@ def train_dit(config, stage, latents, device):
             loss_d = keep * mse(u[:, C:], v[:, C:]).detach()
             scalars.update(loss_d=loss_d.sum(), kept=keep.float().sum())
         return loss, scalars, bins
-
-    look = functools.partial(write_samples, config, stage, latents)
-    net, weights = fit(config, stage, parts, loss_of, steps, batch, lr, parent, look)
-    finish(config, stage, weights, steps, parent, tae)
-    look(net, steps)
+    return loss_of
 
 
-def features(text, captions, keep, cached=None):
-    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3). cached: a frozen encoder's, from the cache on disk."""
-    if cached is None:
+def features(text, captions, keep, stored=None):
+    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3). stored: those of frozen encoders, from <run>/latents."""
+    if stored is None:
         return text([caption if kept else "" for caption, kept in zip(captions, keep.tolist())])
     null = text([""])
-    return tuple([torch.where(keep.to(n.device).view(-1, *[1] * (n.dim() - 1)), f.to(n), n) for f, n in zip(*pair)] for pair in zip(cached, null))
+    return tuple([torch.where(per_clip(keep.to(n.device), n), f.to(n), n) for f, n in zip(*pair)] for pair in zip(stored, null))
+
+
+def train_dit(config, stage, latents, device):
+    run, motion, first = pathlib.Path(config["run"]), stage == "videojam", 0
+    parts = build_sharded(config, device, motion)                               # sec. 4.2: with `motion` the two layers are widened; all weights are trained
+    tae = parent = nets.read_weights(run / "tae.pt")["checksum"]
+    steps, lr = (config["base" if stage == "base" else "videojam"][key] for key in ("steps", "lr"))
+    if stage != "base":                                                         # control and videojam go on from the base, on the same new clips
+        saved = nets.read_weights(run / "base.pt")
+        parent, first = saved["checksum"], saved["step"]
+        widened = [f"dit.{name}" for name in parts["dit"].state_dict() if name.startswith("motion_")]
+        nets.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
+    look = functools.partial(write_samples, config, stage, latents)
+    net, weights = fit(config, stage, parts, dit_loss(config, parts, motion, latents, device, first), steps, batch=config["batch"], lr=lr, parent=parent, look=look)
+    finish(config, stage, weights, steps, parent, tae)
+    look(net, steps)
 
 
 def write_samples(config, stage, latents, net, step):
@@ -563,14 +566,51 @@ def write_samples(config, stage, latents, net, step):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def plan(config):
-    """plan=true: the sizes, counted without memory."""
-    count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6
+def kept_bytes(N, D, hidden, size, mode):
+    """What autograd keeps of one block for one clip under autocast: N tokens of width D, products of `size` bytes (2 or 4), mode: checkpointing.
+
+    The residual stream, the norms and the modulated inputs are fp32 (9 N D), q, k, v, the attentions' results and the projections' outputs are not.
+    """
+    everything = N * D * (36 + 10 * size) + 4 * size * N * hidden               # counted by hand, tests/test_scale.py counts autograd's own
+    return {"none": everything, "attention": N * D * (4 + 2 * size), "full": N * D * 4}[mode]
+
+
+def plan(config, quiet=False):
+    """plan=true: what a step of videojam takes on config["gpus"] GPUs; on the meta device, in seconds. Returns the bytes and seconds that it prints."""
+    count = lambda *nets: sum(p.numel() for net in nets for p in net.parameters())
     with torch.device("meta"):
         tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion=True)
-    C, T, H, W = nets.latent_size(config)
-    print0(f"latents {C} x {T} x {H} x {W}, {T * H * W // config['dit']['patch'] ** 2} tokens; "
-           f"parameters: TAE {count(tae):.2f} M, text {count(text):.2f} M, DiT with motion {count(dit):.2f} M")
+        video = torch.empty(1, 3, config["frames"], config["height"], config["width"])
+    (C, T, H, W), D, gpus, mode = nets.latent_size(config), config["dit"]["dim"], config["gpus"], config["checkpointing"]
+    N, blocks, all_weights = T * H * W // dit.patch ** 2, dit.blocks, count(text, dit)
+    block, root = count(blocks[0]), count(text, dit) - count(blocks)
+    clips = -(-config["batch"] // gpus)
+    micro = min(config["micro_batch"] or clips, clips)
+    size = 4 if config["precision"] == "fp32" else 2
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tae.encode(video)
+    step = 3 * nets.flops(config, motion=True) * config["batch"]
+    seconds = step / (gpus * config["tflops"] * 1e12 * config["utilisation"])
+    hidden = blocks[0].ffn.down.in_features
+    kept = len(blocks) * kept_bytes(N, D, hidden, size, mode) + (mode != "none") * kept_bytes(N, D, hidden, size, "none")          # and the block that is computed again
+    memory = {"weights": 4 * all_weights / gpus, "gradients": 4 * all_weights / gpus, "AdamW": 8 * all_weights / gpus, "EMA": 4 * all_weights / gpus,
+              # sharded: the roots, this block and the next, and this one's gradient before it is reduced. Alone: autocast's bf16 copies
+              "gathered": size * (root + 2 * block) + (size + 4) * block if gpus > 1 else (size == 2) * 2 * (all_weights if mode == "none" else block),
+              "activations": micro * kept}
+    memory["together"] = sum(memory.values())
+    if quiet:
+        return {**memory, "seconds": seconds, "step": step}
+    parts = {"attention": [b.attn for b in blocks], "cross-attention": [b.cross for b in blocks], "feed-forward": [b.ffn for b in blocks],
+             "time and modulation": [dit.time, dit.modulation], "patches, x": [dit.patch_in, dit.patch_out], "patches, d": [dit.motion_in, dit.motion_out]}
+    say = lambda n: f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+    named = ", ".join(f"{name} {say(count(*own))}" for name, own in parts.items())
+    print0(f"{config['frames']} frames of {config['height']}x{config['width']} -> latents {C} x {T} x {H} x {W}, {N} tokens")
+    print0(f"parameters: TAE {say(count(tae))}, text {say(count(text))}, DiT with motion {say(count(dit))} ({named})")
+    print0(f"one step of {config['batch']} clips: {step / 1e12:.4g} TFLOPs; to encode a clip, both streams: {2 * counter.get_total_flops() / 1e12:.4g} (cached by data.py: none)")
+    print0(f"on {gpus} GPUs at {100 * config['utilisation']:g} % of {config['tflops']:g} TFLOP/s: {seconds:.3g} s a step, {seconds * config['videojam']['steps'] / 3600:.3g} hours for "
+           f"{config['videojam']['steps']} steps of videojam")
+    print0(f"memory per GPU, {micro} clips at a time, checkpointing {mode}: " + ", ".join(f"{name} {n / 1e9:.3g} GB" for name, n in memory.items()))
+    return {**memory, "seconds": seconds, "step": step}
 
 
 def refuse_to_spoil(config):

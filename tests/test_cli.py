@@ -306,8 +306,9 @@ def test_training_on_a_folder_of_videos(tmp_path, raft_file, monkeypatch):
                                                 ("base", "tae.pt", "train the tae first")])
 def test_a_missing_stage(run, monkeypatch, stage, gone, words):
     """videojam without a base, base without a TAE: which stage to train first, and how."""
-    for name in (gone, f"{stage}.pt", f"{stage}.state.pt"):
+    for name in (gone, f"{stage}.pt"):
         (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / f"{stage}.state", ignore_errors=True)
     before = contents(run)
     assert words in one_line(script(monkeypatch, "train.py", *TINY, f"run={run}", f"stages={stage}"), "train.py: ")
     assert {k: v for k, v in contents(run).items() if k != "config.json"} == {k: v for k, v in before.items() if k != "config.json"}
@@ -319,7 +320,7 @@ def test_a_loss_that_explodes(run, monkeypatch):
     new.mkdir()
     shutil.copy(run / "tae.pt", new)
     line = script(monkeypatch, "train.py", *TINY, f"run={new}", "stages=base", "base.lr=1e30", "base.steps=20", "save_every=50")
-    assert "step" in one_line(line, "train.py: ") and "base" in line and not (new / "base.pt").exists() and not list(new.glob("*.state.pt*"))
+    assert "step" in one_line(line, "train.py: ") and "base" in line and not (new / "base.pt").exists() and not list(new.glob("*.state/*"))
     assert contents(new)["tae.pt"] == contents(run)["tae.pt"]
 
 

@@ -348,7 +348,7 @@ def test_the_true_motion_is_shown(run):
 def test_a_missing_control_is_named(run, capsys):
     """Without control.pt the command that trains it is printed, and the rest goes on. Reference: that very command trains the control."""
     (run / "control.pt").unlink()
-    (run / "control.state.pt").unlink(missing_ok=True)
+    shutil.rmtree(run / "control.state")
     probe.main(["permute", "--run", str(run), "--clips", "2"])
     line = next(line for line in capsys.readouterr().out.splitlines() if "no control.pt" in line)
     assert {r["model"] for r in rows_of(run / "probe" / "permute.csv")} == {"base", "videojam", "videojam, d = 0"}
