@@ -242,7 +242,7 @@ class DiT(nn.Module):
         return F.pixel_unshuffle(x.transpose(1, 2), self.patch).permute(0, 1, 3, 4, 2)      # (B, T, H/p, W/p, C p p)
 
     def unpatchify(self, x):
-        return F.pixel_shuffle(x.permute(0, 1, 4, 2, 3), self.patch).transpose(1, 2)        # (B, C, T, H, W)
+        return F.pixel_shuffle(x.permute(0, 1, 4, 2, 3), self.patch).transpose(1, 2).contiguous()           # (B, C, T, H, W)
 
     def forward(self, x, t, text, mask):
         C, T, H, W = self.size

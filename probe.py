@@ -820,7 +820,7 @@ def speed(a):
     while len(took[True]) < a.clips and (len(took[True]) < 3 or time.perf_counter() - start < 120):
         for motion in (False, True):
             took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
-    together = train.plan({**config, "gpus": train.WORLD}, quiet=True)["together"]
+    together = train.plan_memory({**config, "gpus": train.WORLD})["together"]
     for motion, what in ((False, "training step, base"), (True, "training step, joint")):
         row(what, float(np.median(took[motion])), config["batch"], 3 * nets.flops(config, motion) * config["batch"], train.WORLD)
     rows[1]["peak_gb"] = rows[0]["peak_gb"]                                     # they took turns

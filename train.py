@@ -130,6 +130,12 @@ def barrier():
         dist.barrier()
 
 
+def leave():
+    barrier()                                                                   # gloo aborts where one rank is gone before the others
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
 def whole(w):
     """A tensor from its shards; all ranks must ask."""
     return w.full_tensor() if isinstance(w, DTensor) else w
@@ -178,7 +184,7 @@ def prepare(config, parts, lr):
     return types.SimpleNamespace(net=net, params=params, optimizer=optimizer, weights=weights, ema=ema, device=device, tensors=dict(net=weights, ema=ema, **moments))
 
 
-def gradient(config, state, loss_of, step, rows, micro, batch, stop=False):
+def gradient(config, state, loss_of, step, rows, micro, batch, stop=()):
     """Gradient of the global batch, clipped, in the parameters' .grad; micro-batches and ranks add up because the loss is linear in samples.
 
     rows: this rank's samples, in `micro` parts. Returns {name: sum over the global batch}, {name: (10,) sums of this rank}, the gradient's norm.
@@ -196,7 +202,7 @@ def gradient(config, state, loss_of, step, rows, micro, batch, stop=False):
             tenths[name] = tenths.get(name, 0) + value.detach()
     for p in state.params.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    logs["stop"] = torch.tensor(float(stop), device=state.device)               # one rank that was told to stop tells all
+    logs["stop"] = torch.tensor(float(len(stop)), device=state.device)               # one rank that was told to stop tells all
     total = torch.stack(list(logs.values()))
     sum_over_ranks([total] + [p.grad for p in state.params.values() if not sharded])
     norm = nn.utils.clip_grad_norm_(state.params.values(), config["clip"])
@@ -270,6 +276,9 @@ def load_state(folder, state, parent):
     ValueError for one of another parent or architecture, and where there are checkpoints and none can be read.
     """
     tried = []
+    if RANK == 0:
+        for path in folder.glob("*.tmp"):                                       # a save that was killed
+            shutil.rmtree(path)
     for path in checkpoints(folder):
         try:
             about = json.loads((path / "state.json").read_text())
@@ -333,7 +342,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
     sums, tenths, clock, since, told = {}, {}, time.time(), step, False
     with sigterm() as came, tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True) as bar:
         while step < steps and not told:
-            logs, bins, norm = gradient(config, state, loss_of, step, rows, micro, batch, bool(came))
+            logs, bins, norm = gradient(config, state, loss_of, step, rows, micro, batch, came)
             told = logs.pop("stop") > 0                                         # all ranks know it in the same step
             if not all(map(math.isfinite, (*logs.values(), norm))):             # stop before anything is spoilt
                 bar.close()
@@ -554,7 +563,8 @@ def write_samples(config, stage, latents, net, step):
     """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance. All ranks sample, rank 0 writes."""
     model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=latents.device)
     prompts = latents.clips.prompts()[:4]
-    video, motion = sample.generate(model, prompts, range(len(prompts)), bar=RANK == 0)
+    with precision(config, latents.device):                                     # sharded weights come in bf16
+        video, motion = sample.generate(model, prompts, range(len(prompts)), bar=RANK == 0)
     if RANK > 0:
         return
     path = pathlib.Path(config["run"]) / "samples" / f"{stage}-{step}.png"
@@ -566,51 +576,59 @@ def write_samples(config, stage, latents, net, step):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def kept_bytes(N, D, hidden, size, mode):
-    """What autograd keeps of one block for one clip under autocast: N tokens of width D, products of `size` bytes (2 or 4), mode: checkpointing.
+def kept_bytes(N, L, D, hidden, size, mode):
+    """What autograd keeps of one block for one clip: N video and L text tokens of width D, products of `size` bytes (2: bf16, 4: fp32), the rest fp32.
 
-    The residual stream, the norms and the modulated inputs are fp32 (9 N D), q, k, v, the attentions' results and the projections' outputs are not.
+    Counted with the flash kernel, so without scores, and without compile, which keeps less. tests/test_scale.py compares with autograd's own.
     """
-    everything = N * D * (36 + 10 * size) + 4 * size * N * hidden               # counted by hand, tests/test_scale.py counts autograd's own
+    everything = N * D * (36 + 10 * size) + 4 * size * N * hidden + 3 * size * L * D
     return {"none": everything, "attention": N * D * (4 + 2 * size), "full": N * D * 4}[mode]
 
 
-def plan(config, quiet=False):
-    """plan=true: what a step of videojam takes on config["gpus"] GPUs; on the meta device, in seconds. Returns the bytes and seconds that it prints."""
-    count = lambda *nets: sum(p.numel() for net in nets for p in net.parameters())
+def plan_memory(config):
+    """Bytes per GPU of training the joint net on config["gpus"] GPUs, by what takes them, without allocating any."""
+    with torch.device("meta"):
+        text, dit = nets.build_text(config), nets.build_dit(config, motion=True)
+    C, T, H, W = nets.latent_size(config)
+    gpus, size, mode = config["gpus"], 4 if config["precision"] == "fp32" else 2, config["checkpointing"]
+    block, everything = count(dit.blocks[0]), count(text, dit)
+    clips = -(-config["batch"] // gpus)
+    clips = min(config["micro_batch"] or clips, clips)
+    shape = T * H * W // dit.patch ** 2, config["text"]["length"] * len(dit.text_in), config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, size
+    memory = {"weights": 4 * everything / gpus, "gradients": 4 * everything / gpus, "AdamW": 8 * everything / gpus, "EMA": 4 * everything / gpus,
+              "activations": clips * (len(dit.blocks) * kept_bytes(*shape, mode) + (mode != "none") * kept_bytes(*shape, "none"))}     # and the block computed again
+    if gpus > 1:                                                                # all but the blocks; this block and the next; this one's gradient before it is reduced
+        memory["gathered"] = size * (everything - count(*dit.blocks) + 2 * block) + (size + 4) * block
+    elif size == 2:
+        memory["autocast's copies"] = 2 * (everything if mode == "none" else block)
+    return {**memory, "together": sum(memory.values())}
+
+
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def plan(config):
+    """plan=true: parameters, FLOPs, memory and time of videojam on config["gpus"] GPUs; computed on the meta device, in seconds."""
     with torch.device("meta"):
         tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion=True)
         video = torch.empty(1, 3, config["frames"], config["height"], config["width"])
-    (C, T, H, W), D, gpus, mode = nets.latent_size(config), config["dit"]["dim"], config["gpus"], config["checkpointing"]
-    N, blocks, all_weights = T * H * W // dit.patch ** 2, dit.blocks, count(text, dit)
-    block, root = count(blocks[0]), count(text, dit) - count(blocks)
-    clips = -(-config["batch"] // gpus)
-    micro = min(config["micro_batch"] or clips, clips)
-    size = 4 if config["precision"] == "fp32" else 2
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tae.encode(video)
-    step = 3 * nets.flops(config, motion=True) * config["batch"]
-    seconds = step / (gpus * config["tflops"] * 1e12 * config["utilisation"])
-    hidden = blocks[0].ffn.down.in_features
-    kept = len(blocks) * kept_bytes(N, D, hidden, size, mode) + (mode != "none") * kept_bytes(N, D, hidden, size, "none")          # and the block that is computed again
-    memory = {"weights": 4 * all_weights / gpus, "gradients": 4 * all_weights / gpus, "AdamW": 8 * all_weights / gpus, "EMA": 4 * all_weights / gpus,
-              # sharded: the roots, this block and the next, and this one's gradient before it is reduced. Alone: autocast's bf16 copies
-              "gathered": size * (root + 2 * block) + (size + 4) * block if gpus > 1 else (size == 2) * 2 * (all_weights if mode == "none" else block),
-              "activations": micro * kept}
-    memory["together"] = sum(memory.values())
-    if quiet:
-        return {**memory, "seconds": seconds, "step": step}
-    parts = {"attention": [b.attn for b in blocks], "cross-attention": [b.cross for b in blocks], "feed-forward": [b.ffn for b in blocks],
-             "time and modulation": [dit.time, dit.modulation], "patches, x": [dit.patch_in, dit.patch_out], "patches, d": [dit.motion_in, dit.motion_out]}
+    (C, T, H, W), gpus, steps = nets.latent_size(config), config["gpus"], config["videojam"]["steps"]
+    flops = 3 * nets.flops(config, motion=True) * config["batch"]
+    seconds = flops / (gpus * config["tflops"] * 1e12 * config["utilisation"])
     say = lambda n: f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
-    named = ", ".join(f"{name} {say(count(*own))}" for name, own in parts.items())
-    print0(f"{config['frames']} frames of {config['height']}x{config['width']} -> latents {C} x {T} x {H} x {W}, {N} tokens")
-    print0(f"parameters: TAE {say(count(tae))}, text {say(count(text))}, DiT with motion {say(count(dit))} ({named})")
-    print0(f"one step of {config['batch']} clips: {step / 1e12:.4g} TFLOPs; to encode a clip, both streams: {2 * counter.get_total_flops() / 1e12:.4g} (cached by data.py: none)")
-    print0(f"on {gpus} GPUs at {100 * config['utilisation']:g} % of {config['tflops']:g} TFLOP/s: {seconds:.3g} s a step, {seconds * config['videojam']['steps'] / 3600:.3g} hours for "
-           f"{config['videojam']['steps']} steps of videojam")
-    print0(f"memory per GPU, {micro} clips at a time, checkpointing {mode}: " + ", ".join(f"{name} {n / 1e9:.3g} GB" for name, n in memory.items()))
-    return {**memory, "seconds": seconds, "step": step}
+    parts = {"TAE": [tae], "text": [text], "DiT": [dit], "  attention": [b.attn for b in dit.blocks], "  cross-attention": [b.cross for b in dit.blocks],
+             "  feed-forward": [b.ffn for b in dit.blocks], "  time, modulation": [dit.time, dit.modulation], "  text in": [dit.text_in],
+             "  patches, x": [dit.patch_in, dit.patch_out], "  patches, d": [dit.motion_in, dit.motion_out]}
+    print0(f"{config['preset']}: {config['frames']} frames of {config['height']}x{config['width']}, latents {C} x {T} x {H} x {W}, {T * H * W // dit.patch ** 2} tokens a clip\n\nparameters")
+    print0("\n".join(f"  {name:<20}{say(count(*modules)):>12}" for name, modules in parts.items()))
+    print0(f"\na step of {config['batch']} clips\n  DiT             {flops / 1e12:14,.2f} TFLOPs\n  TAE             {2 * config['batch'] * counter.get_total_flops() / 1e12:14,.2f} TFLOPs, "
+           f"unless the latents are cached (data.py)")
+    print0(f"  {f'on {gpus} GPU(s)':<16}{seconds:14.3g} s at {100 * config['utilisation']:g} % of {config['tflops']:g} TFLOP/s each; {steps} steps of videojam: {seconds * steps / 3600:.3g} hours")
+    print0(f"\nmemory per GPU, checkpointing {config['checkpointing']}")
+    print0("\n".join(f"  {name:<20}{n / 1e9:9.3f} GB" for name, n in plan_memory(config).items()))
 
 
 def refuse_to_spoil(config):
@@ -699,9 +717,7 @@ def main(argv=None):
         print0(f"trained in {(time.time() - start) / 60:.1f} minutes")
         finale(config, stages)
         print0(f"all in {(time.time() - start) / 60:.1f} minutes")
-    barrier()
-    if WORLD > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 def finale(config, stages):
@@ -726,7 +742,5 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}" if RANK == 0 else 1)
     except Stopped as stopped:
         print0(f"train.py: {stopped}")
-        barrier()                                                               # gloo aborts where one rank is gone before the others
-        if WORLD > 1:
-            dist.destroy_process_group()
+        leave()
         sys.exit(128 + signal.SIGTERM)
