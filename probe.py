@@ -11,11 +11,13 @@ time (0 noise, 1 data), k a step of the sampler's schedule; a law is a family of
 """
 import argparse
 import csv
+import ctypes
 import functools
 import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -52,6 +54,13 @@ def vbench_aggregate(**scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # Seeing one object: where, how large, how turned, in which shape.
 
+def widest(x):
+    """Maximum of each pixel and its eight neighbours, (..., H, W): max_pool2d(x, 3, 1, 1), ten times as fast on CPUs."""
+    x = F.pad(x, (1, 1, 1, 1), value=-math.inf)
+    x = torch.maximum(torch.maximum(x[..., :-2], x[..., 1:-1]), x[..., 2:])
+    return torch.maximum(torch.maximum(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])
+
+
 def see(video, color):
     """One colour in (3, T, H, W): mask (T, H, W), area (T,) px, centroid (T, 2) px, found (T,), value (T, H, W) its brightness."""
     nearest, saturation = data._hues(video)
@@ -61,22 +70,22 @@ def see(video, color):
     rgb = (video.clamp(-1, 1) + 1) / 2
     value = rgb.amax(0)
     # The centroid to a tenth of a pixel needs the half-covered rim, which the mask leaves out: its saturation says how far it is covered.
-    soft = (value - rgb.amin(0)) / value.clamp(min=1e-6) * same * F.max_pool2d((mask > 0).float(), 3, 1, 1)
+    soft = (value - rgb.amin(0)) / value.clamp(min=1e-6) * same * widest((mask > 0).float())
     ys, xs = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[2])
     centroid = torch.where(found[:, None], torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None], centroid)
     return types.SimpleNamespace(mask=mask, area=area * mask[0].numel(), centroid=centroid, found=found, value=value)
 
 
-def crop(images, centre, side, angle, points=25):
-    """(n, H, W) sampled on a square of half-width `side` (n,) px around `centre` (n, 2), turned by `angle` (n,): (n, points, points)."""
+def crop(images, centre, side, angles, points=25):
+    """(n, H, W) sampled on squares of half-width `side` (n,) px around `centre` (n, 2), turned by each of `angles` (n, K): (n, K, points, points)."""
     H, W = images.shape[-2:]
     r = torch.linspace(-1, 1, points)
     y, x = torch.meshgrid(r, r, indexing="ij")                                  # (points, points)
-    cos, sin, side = (v.view(-1, 1, 1) for v in (angle.cos(), angle.sin(), side))
-    u = centre[:, 0].view(-1, 1, 1) + side * (cos * x - sin * y)
-    v = centre[:, 1].view(-1, 1, 1) + side * (sin * x + cos * y)
-    at = torch.stack([2 * u / (W - 1) - 1, 2 * v / (H - 1) - 1], dim=-1)
-    return F.grid_sample(images[:, None], at.float(), align_corners=True)[:, 0]
+    cos, sin = angles.cos()[:, :, None, None], angles.sin()[:, :, None, None]   # (n, K, 1, 1)
+    u, v, side = (w.view(-1, 1, 1, 1) for w in (*centre.unbind(1), side))
+    u, v = u + side * (cos * x - sin * y), v + side * (sin * x + cos * y)       # (n, K, points, points)
+    at = torch.stack([2 * u / (W - 1) - 1, 2 * v / (H - 1) - 1], dim=-1).flatten(1, 2)
+    return F.grid_sample(images[:, None], at.float(), align_corners=True)[:, 0].unflatten(1, (-1, points))
 
 
 def turns(seen, limit=40, count=81):
@@ -87,8 +96,8 @@ def turns(seen, limit=40, count=81):
     centre, T = seen.centroid.nan_to_num(), len(mask)
     side = (1.3 * (mask.sum((1, 2)).max() / math.pi).sqrt() + 1).expand(T - 1)
     angles = torch.linspace(-math.radians(limit), math.radians(limit), count)
-    before = crop(texture[:-1], centre[:-1], side, torch.zeros(T - 1))
-    error = torch.stack([(crop(texture[1:], centre[1:], side, a.expand(T - 1)) - before).square().sum((1, 2)) for a in angles], dim=1)
+    before = crop(texture[:-1], centre[:-1], side, torch.zeros(T - 1, 1))
+    error = (crop(texture[1:], centre[1:], side, angles.expand(T - 1, -1)) - before).square().sum((2, 3))           # (T-1, count)
     k, i = error.argmin(1).clamp(1, count - 2), torch.arange(T - 1)
     left, mid, right = error[i, k - 1], error[i, k], error[i, k + 1]            # the vertex of the parabola through three
     return angles[k] + (angles[1] - angles[0]) * (0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)).clamp(-0.5, 0.5)
@@ -107,14 +116,14 @@ def templates():
         inside = (data.SDF[name](x, y) < 0).float()
         area = inside.sum() * 0.01 ** 2
         centre = torch.stack([(inside * x).sum(), (inside * y).sum()]) / inside.sum() / 0.01 + 150
-        rows.append(crop(inside.expand(24, -1, -1), centre.expand(24, 2), (SPAN * area.sqrt() / 0.01).expand(24), angles))
+        rows.append(crop(inside[None], centre[None], SPAN * area.sqrt()[None] / 0.01, angles[None])[0])
     return torch.stack(rows)
 
 
 def shape_of(seen):
     """The shape whose turned template overlaps the object best, averaged over the frames in which it was found."""
     mask = (seen.mask[seen.found] > 0).float()
-    seen_as = crop(mask, seen.centroid[seen.found], SPAN * mask.sum((1, 2)).sqrt(), torch.zeros(len(mask)))       # (n, P, P)
+    seen_as = crop(mask, seen.centroid[seen.found], SPAN * mask.sum((1, 2)).sqrt(), torch.zeros(len(mask), 1))[:, 0]       # (n, P, P)
     a, b = seen_as[:, None, None], templates()[None]                            # (n, 1, 1, P, P), (1, shapes, 24, P, P)
     overlap = torch.minimum(a, b).sum((3, 4)) / torch.maximum(a, b).sum((3, 4))
     return data.SHAPES[overlap.amax(2).mean(0).argmax()]
@@ -125,7 +134,7 @@ def parts(mask, least=3):
     on = mask > 0
     label, before = torch.arange(1, on.numel() + 1.0).view(on.shape) * on, None
     while before is None or (label != before).any():
-        label, before = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * on, label
+        label, before = widest(label) * on, label
     return sum((torch.unique(frame[frame > 0], return_counts=True)[1] >= least).sum().item() for frame in label) / len(on)
 
 
@@ -314,7 +323,7 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
     carried = F.grid_sample(video[:, 1:].transpose(0, 1), back.float(), align_corners=True)    # frame t+1 brought back onto t
     row["warp"] = (carried - video[:, :-1].transpose(0, 1)).abs().mean(1)[mask].mean().item() / 2
     if motion is not None:                                                      # what the model said against what it drew
-        core = -F.max_pool2d(-seen.mask[:-1], 3, 1, 1)                          # without the rim, whose flow is half the background's
+        core = -widest(-seen.mask[:-1])                          # without the rim, whose flow is half the background's
         pairs = shown[:-1] & shown[1:] & (core.sum((1, 2)) > 0)
         share = core / core.sum((1, 2), keepdim=True).clamp(min=1e-6)
         said, drew = ((v * share).sum((2, 3)) for v in (motion[:, :-1], d))     # (2, T-1) px
@@ -730,24 +739,27 @@ def tables(rows, stats):
 # Speed.
 
 class Memory:
-    """Peak memory in bytes since `reset`, less what was there when this object was made: of the GPU, else of the process (Linux)."""
+    """Peak memory in bytes since `reset`, less what was there when this object was made: of the GPU, or resident in the process (Linux; elsewhere nan)."""
 
     def __init__(self, device):
-        self.cuda, self.before = device.type == "cuda", 0
+        self.cuda, self.linux, self.before = device.type == "cuda", os.path.exists("/proc/self/clear_refs"), 0
+        if self.linux and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)                                                 # what was freed before goes back to the system
         self.reset()
         self.before = self.peak()
 
     def reset(self):
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):
-            pathlib.Path("/proc/self/clear_refs").write_text("5")               # resets VmHWM, the most that was resident
+        elif self.linux:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")               # VmHWM, the most that was resident, starts again
 
     def peak(self):
         if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), math.nan) - self.before
+            return torch.cuda.max_memory_allocated() - self.before
+        if not self.linux:
+            return math.nan
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) - self.before
 
 
 def timed(device, work):
@@ -763,98 +775,98 @@ def timed(device, work):
 def peak_flops(config, device):
     """FLOP/s that count as 100 %: the config's `tflops` for a GPU; elsewhere the best of ten products of 2048 x 2048 matrices, measured."""
     if device.type == "cuda":
-        return 1e12 * config["tflops"], f"of {config['tflops']:g} TFLOP/s (tflops=)"
+        return 1e12 * config["tflops"], f"{config['tflops']:g} TFLOP/s (tflops=)"
     a = torch.ones(2048, 2048, dtype=torch.bfloat16 if config["precision"] == "bf16" else torch.float32, device=device)
     best = 2 * 2048 ** 3 / min(timed(device, lambda: a @ a) for _ in range(10))
-    return best, f"of {best / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here"
+    return best, f"{best / 1e12:.3f} TFLOP/s, measured: a product of 2048 x 2048 matrices"
 
 
-def tae_flops(tae, call):
-    """FLOPs of call(tae), counted by torch on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        call(tae)
-    return counter.get_total_flops()
+def time_training(config, device, seed, steps):
+    """Steps of training, as train.py takes them, of the base and of the joint net in turn -> seconds {motion: [...]}, peak bytes, the nets.
+
+    One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and no more than two minutes once there are three.
+    """
+    C, *size = nets.latent_size(config)
+    rows = list(range(train.RANK, config["batch"], train.WORLD))
+    micro = -(-len(rows) // (config["micro_batch"] or len(rows)))
+    memory, parts = Memory(device), train.build_sharded(config, device, motion=True)
+    state, layers = train.prepare(config, parts, 1e-4), (parts["dit"].motion_in, parts["dit"].motion_out)
+    z, prompts = torch.randn(len(rows), 2 * C, *size, generator=train.generator(seed, "speed")), [data.PROMPTS[i % len(data.PROMPTS)] for i in rows]
+    stored = parts["text"](prompts) if config["text"]["frozen"] else None       # as data.py stores them
+    latents = lambda index: (z[:len(index)], prompts[:len(index)], stored and tuple([x[:len(index)] for x in some] for some in stored))
+    latents.n = 0
+    losses = {motion: train.dit_loss(config, parts, motion, latents, device) for motion in (False, True)}
+
+    def step(k, motion):
+        parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
+        train.gradient(config, state, losses[motion], k, rows, micro, config["batch"])
+        train.update(config, state, k, 1e-4)
+
+    for motion in (False, True, False, True):                                   # allocations, compilation
+        step(0, motion)
+    memory.reset()
+    took, start = {False: [], True: []}, time.perf_counter()
+    while len(took[True]) < steps and (train.WORLD > 1 or len(took[True]) < 3 or time.perf_counter() - start < 120):        # ranks must agree
+        for motion in (False, True):
+            took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
+    return took, memory.peak(), parts
+
+
+def time_encoding_and_sampling(config, parts, device, seed):
+    """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]. The TAE's FLOPs are torch's own count."""
+    tae = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
+    got = data.MovingShapes(config["frames"], config["height"], config["width"], seed).batch(range(min(4, config["batch"])), device)
+    with torch.device("meta"), FlopCounterMode(display=False) as encoding, torch.no_grad():
+        latent = nets.build_tae(config).encode(torch.empty(1, 3, config["frames"], config["height"], config["width"]))
+    with torch.device("meta"), FlopCounterMode(display=False) as decoding, torch.no_grad():
+        nets.build_tae(config).decode(latent, config["frames"])
+    n, settings, memory = len(got["video"]), sample.settle(model), Memory(device)
+    seconds = min(timed(device, lambda: data.encode(tae, got, config["flow"]["sigma"])) for _ in range(3))
+    rows = [("encoding, both streams", seconds, n, 2 * n * encoding.get_total_flops(), memory.peak())]
+    memory = Memory(device)
+    branches = 2 * settings["steps"] + settings["motion_steps"]                 # Eq. 8: three in the first half, then two
+    seconds = timed(device, lambda: sample.generate(model, data.STRAIGHT[:1], [seed]))
+    return rows + [(f"sampling, {settings['steps']} steps, {branches} evaluations", seconds, 1, branches * nets.flops(config, True) + 2 * decoding.get_total_flops(), memory.peak())]
 
 
 def speed(a):
-    """Training steps of base and joint net in turn, encoding and sampling: clips, tokens and FLOPs per second, share of the peak, memory.
+    """Clips, tokens and FLOPs per second, share of the peak and memory of training (base and joint net in turn), encoding and sampling.
 
-    FLOPs are the model's own, a multiply-add counts two. The nets' forward pass (`model.flops`) with N video and L text tokens, width D, SwiGLU h:
-        depth [2 N (6 D² + 3 D h) + 4 L D² + 4 N (N + L) D] + 4 N D C p² per stream + text_in, time and modulation + the text encoder
-    and three times that in training; attention counts whole, what checkpointing computes again not at all. The TAE's are torch's own count.
+    FLOPs are the model's own, a multiply-add counts two. A forward pass (`model.flops`) with N video and L text tokens, width D, SwiGLU's h, takes
+        depth [2 N (6 D² + 3 D h) + 4 L D² + 4 N (N + L) D] + 4 N D C p² per stream + text in, time, modulation + the text encoder,
+    a training step three times that. Attention counts whole; what checkpointing computes again does not count. Memory is what each part adds.
     """
     config = nets.load_config(a.settings)
     device = nets.find_device(a.device or config["device"])
     if config["precision"] == "auto":
         config["precision"] = train.fastest_precision(device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    size, N = nets.latent_size(config), math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
-    share, whose = peak_flops(config, device)
-    rows, memory = [], Memory(device)
-
-    def row(what, seconds, clips, flops, ranks):
-        peak = memory.peak()
-        rows.append(dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / ranks / 1e12,
-                         share=flops / seconds / ranks / share, peak_gb=peak / 1e9))
-        memory.reset()
-
-    # ---- training, as train.py does it; one net is both: the base is the joint one without its two layers of motion
-    z = torch.randn(max(1, -(-config["batch"] // train.WORLD)), 2 * size[0], *size[1:], generator=train.generator(a.seed, "speed"))
-    latents = lambda index: (z[:len(index)], [data.PROMPTS[i % len(data.PROMPTS)] for i in index], None)
-    latents.n = 0
-    parts = train.build_sharded(config, device, motion=True)
-    state = train.prepare(config, parts, 1e-4)
-    layers = parts["dit"].motion_in, parts["dit"].motion_out
-    mine = list(range(train.RANK, config["batch"], train.WORLD))
-    micro = -(-len(mine) // (config["micro_batch"] or len(mine)))
-
-    def step(k, motion):
-        parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
-        train.gradient(config, state, train.dit_loss(config, parts, motion, latents, device), k, mine, micro, config["batch"])
-        train.update(config, state, k, 1e-4)
-
-    step(0, False), step(0, True)                                               # allocations, compilation
-    memory.reset()
-    took, start = {False: [], True: []}, time.perf_counter()
-    while len(took[True]) < a.clips and (len(took[True]) < 3 or time.perf_counter() - start < 120):
-        for motion in (False, True):
-            took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
-    together = train.plan_memory({**config, "gpus": train.WORLD})["together"]
-    for motion, what in ((False, "training step, base"), (True, "training step, joint")):
-        row(what, float(np.median(took[motion])), config["batch"], 3 * nets.flops(config, motion) * config["batch"], train.WORLD)
-    rows[1]["peak_gb"] = rows[0]["peak_gb"]                                     # they took turns
-    ratio = np.divide(took[True], took[False])
-    # ---- encoding and sampling, on each GPU by itself
-    del state
-    tae = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
-    clips = data.MovingShapes(config["frames"], config["height"], config["width"], a.seed)
-    got = clips.batch(range(min(4, config["batch"])), device)
-    with torch.device("meta"):
-        counted = nets.build_tae(config)
-    video = torch.empty(1, 3, config["frames"], config["height"], config["width"], device="meta")
-    memory.reset()
-    n = len(got["video"])
-    row("encoding, both streams", min(timed(device, lambda: data.encode(tae, got, config["flow"]["sigma"])) for _ in range(3)), n,
-        2 * n * tae_flops(counted, lambda tae: tae.encode(video)), 1)
-    o = sample.settle(model)
-    branches = 2 * o["steps"] + o["motion_steps"]
-    decoding = 2 * tae_flops(counted, lambda tae: tae.decode(torch.empty(1, *size), config["frames"]))
-    seconds = timed(device, lambda: sample.generate(model, data.STRAIGHT[:1], [a.seed], bar=train.RANK == 0))
-    row(f"sampling, {o['steps']} steps, {branches} evaluations", seconds, 1, branches * nets.flops(config, True) + decoding, 1)
+        torch.set_float32_matmul_precision("high")                              # as train.py
+    whole, whose = peak_flops(config, device)
+    took, bytes_, parts = time_training(config, device, a.seed, a.clips)
+    batch, rows = config["batch"], []
+    lines = [(f"training step, {what}", float(np.median(took[motion])), batch, 3 * batch * nets.flops(config, motion) / train.WORLD, bytes_)
+             for motion, what in ((False, "base"), (True, "joint"))]
+    if train.WORLD == 1:
+        lines += time_encoding_and_sampling(config, parts, device, a.seed)
+    N = math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
+    for what, seconds, clips, flops, peak in lines:
+        rows.append(dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
+                         share=flops / seconds / whole, peak_gb=peak / 1e9))
     if train.RANK:
         return
-    out = pathlib.Path(config["run"]) / "probe"
-    write_csv(out / "speed.csv", rows)
+    out = pathlib.Path(config["run"]) / "probe" / "speed.csv"
+    write_csv(out, rows)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{config['preset']}: {N} tokens a clip, {config['batch']} clips a step, {micro} micro-batches, {config['precision']}, checkpointing {config['checkpointing']}; "
-          f"{train.WORLD} x {where}, torch {torch.__version__}\n")
-    print("| | seconds | clips/s | tokens/s | TFLOP/s each | share of peak | peak memory |\n|---|---|---|---|---|---|---|")
+    print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "
+          f"checkpointing={config['checkpointing']}, {train.WORLD} x {where}, torch {torch.__version__}\n")
+    print("| | seconds | clips/s | tokens/s | TFLOP/s each | share of the peak | memory |\n|---|---|---|---|---|---|---|")
     for r in rows:
         print(f"| {r['what']} | {r['seconds']:.3g} | {r['clips_per_s']:.3g} | {r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {100 * r['share']:.1f} % | {r['peak_gb']:.2f} GB |")
-    print(f"\njoint / base: {np.median(ratio):.3f}x, median of {len(ratio)} pairs (middle half {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f}); peak: {whose}; "
-          f"memory of training: measured {rows[1]['peak_gb']:.2f} GB, planned {together / 1e9:.2f} GB; {out / 'speed.csv'}")
+    ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": train.WORLD})["together"]
+    print(f"\njoint / base: {np.median(ratio):.3f}x, the median of {len(ratio)} pairs (half of them within {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f})")
+    print(f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\nthe peak is {whose}; {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,11 +75,10 @@ def load_run(run, stage="videojam", device=""):
     if dit_file.get("tae") != tae_file["checksum"]:
         raise ValueError(f"{run}: {stage}.pt was trained on the latents of another tae.pt than the one beside it; train the {stage} again")
     pick = lambda prefix: {name[len(prefix):]: w for name, w in dit_file["weights"].items() if name.startswith(prefix)}
-    tae = nets.load_into(nets.build_tae(config), tae_file["weights"], run / "tae.pt")
-    text = nets.load_into(nets.build_text(config), pick("text."), run / f"{stage}.pt")
-    dit = nets.load_into(nets.build_dit(config, motion), pick("dit."), run / f"{stage}.pt")
-    for net in (tae, text, dit):
-        net.to(device).eval().requires_grad_(False)
+    with torch.device("meta"):                                                  # no memory and no first weights: those of the files follow
+        parts = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion)
+    files = (tae_file["weights"], run / "tae.pt"), (pick("text."), run / f"{stage}.pt"), (pick("dit."), run / f"{stage}.pt")
+    tae, text, dit = (nets.load_into(net.to_empty(device=device), *file).eval().requires_grad_(False) for net, file in zip(parts, files))
     return types.SimpleNamespace(config=config, tae=tae, text=text, dit=dit, motion=motion, device=device, stage=stage, run=run)
 
 

@@ -419,7 +419,8 @@ def forget_lines(path, stage, step):
     if RANK == 0 and path.exists():
         whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]    # a kill may have torn the last
         lines = [line for line in whole if (got := json.loads(line))["stage"] != stage or got["step"] <= step]
-        path.write_text("".join(lines))
+        path.with_suffix(".tmp").write_text("".join(lines))
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def log_line(run, stage, step, sums, tenths, lr, norm, seconds, steps):
@@ -508,6 +509,7 @@ def dit_loss(config, parts, motion, latents, device, first=0):
     """The loss_of of `fit` for the DiT: Eq. 6 with motion, else Eq. 3. latents(list of clip numbers) -> z, captions, stored features; first: steps before this stage."""
     seed, batch, C = config["seed"], config["batch"], nets.latent_size(config)[0]
     text, dit = parts["text"], parts["dit"]
+    empty = functools.cache(lambda: text([""]))                                 # used where the encoders are frozen
 
     def loss_of(step, rows):
         step += first
@@ -521,7 +523,7 @@ def dit_loss(config, parts, motion, latents, device, first=0):
         if motion:
             zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep, zt)], dim=1)  # dropped: d_t = 0 exactly, after the noising
         with precision(config, device):                                         # the nets alone: RAFT and the data stay in fp32
-            u = dit(zt, t, *features(text, captions, keep_text, stored))
+            u = dit(zt, t, *features(text, captions, keep_text, stored, empty))
         loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()           # Eq. 6, or Eq. 3
         # what is logged
         loss_x = mse(u[:, :C], v[:, :C]).detach()
@@ -535,12 +537,11 @@ def dit_loss(config, parts, motion, latents, device, first=0):
     return loss_of
 
 
-def features(text, captions, keep, stored=None):
-    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3). stored: those of frozen encoders, from <run>/latents."""
+def features(text, captions, keep, stored, empty):
+    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3). stored: those of frozen encoders, from <run>/latents; empty() those of ""."""
     if stored is None:
         return text([caption if kept else "" for caption, kept in zip(captions, keep.tolist())])
-    null = text([""])
-    return tuple([torch.where(per_clip(keep.to(n.device), n), f.to(n), n) for f, n in zip(*pair)] for pair in zip(stored, null))
+    return tuple([torch.where(per_clip(keep.to(n.device), n), f.to(n), n) for f, n in zip(*pair)] for pair in zip(stored, empty()))
 
 
 def train_dit(config, stage, latents, device):
@@ -692,12 +693,14 @@ def main(argv=None):
     if WORLD > batch:
         raise ValueError(f"{WORLD} ranks for a global batch of {batch} clips: expected at most one rank per clip")
     device = nets.find_device(config["device"])
+    if device.type == "cpu" and WORLD > 1 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        raise ValueError(f"several ranks on CPUs: found torch {torch.__version__}, expected at least 2.9, where gloo learned the mean that FSDP asks for: take one process, or GPUs")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device) if device.type == "cuda" else dist.init_process_group("gloo")
     start = time.time()
     clips, latents = prepare_run(config, device), None
     for stage in stages:

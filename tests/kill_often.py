@@ -2,7 +2,7 @@
 
     python tests/kill_often.py [kills] [seed]
 
-Trains a tiny base of 100 steps with a checkpoint at every step: once straight, once killed. Prints where each start resumed. Takes about two minutes.
+Trains a tiny base of 300 steps with a checkpoint at every step: once straight, once killed. Prints where each start resumed. Takes about two minutes.
 """
 import shutil
 import sys
@@ -16,19 +16,21 @@ from test_scale import finished, kill_often, start, weights
 
 
 def main(kills=20, seed=0):
-    wanted = [*TINY, "stages=tae,base", "base.steps=100", "save_every=1"]
+    wanted = [*TINY, "stages=tae,base", "base.steps=300", "save_every=1"]
     with tempfile.TemporaryDirectory() as folder:
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         status, _, err = finished(start(*wanted, f"run={straight}"))
         assert status == 0, err
         killed.mkdir()
         shutil.copy(straight / "tae.pt", killed)
-        resumed = kill_often(killed, wanted, kills, seed, longest=0.6)
+        resumed = kill_often(killed, wanted, kills, seed)
+        status, out, err = finished(start(*wanted, f"run={killed}"))
+        assert status == 0 and f"base: resumed at step {resumed[-1]}\n" in out, err
         print(f"{kills} kills; resumed at the steps {', '.join(map(str, resumed))}, each time the newest that was saved")
-        one, other = read_state(straight, "base", 100), read_state(killed, "base", 100)
+        one, other = read_state(straight, "base", 300), read_state(killed, "base", 300)
         assert all(torch.equal(w, other[kind][name]) for kind, named in one.items() for name, w in named.items())
         assert all(torch.equal(w, weights(killed, "base")[name]) for name, w in weights(straight, "base").items())
-        print("weights, averages and moments after 100 steps: bit for bit those of the run that was not killed")
+        print("weights, averages and moments after 300 steps: bit for bit those of the run that was not killed")
 
 
 if __name__ == "__main__":

@@ -334,6 +334,12 @@ def test_two_ranks_find_what_one_process_finds(run, experiment, file, clips):
                 assert a[key] == b[key]
 
 
+def test_widest():
+    """Reference: torch's max_pool2d, which is -inf outside; negative numbers too."""
+    x = torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(0)) - 2
+    assert torch.equal(probe.widest(x), torch.nn.functional.max_pool2d(x, 3, 1, 1))
+
+
 def test_the_true_motion_is_shown(run):
     """At the last step d is the true motion itself, whatever the net said. Reference: the true motion picture through the TAE."""
     model = sample.load_run(run, "videojam")
