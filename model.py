@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,8 +30,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 @torch.no_grad()
 def put_whole(w, whole):
-    """Copy the tensor `whole`, the same on every rank, into w, which may be sharded: each rank keeps its part."""
-    w.copy_(distribute_tensor(whole.to(w.device), w.device_mesh, w.placements) if isinstance(w, DTensor) else whole)
+    """Copy the tensor `whole`, the same on every rank, into w, which may be sharded (a DTensor): each rank keeps its part."""
+    if hasattr(w, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor                  # half a second of imports that sample.py can do without
+        whole = distribute_tensor(whole.to(w.device), w.device_mesh, w.placements)
+    w.copy_(whole)
 
 
 def normal_(w, std=1.0):

@@ -1,5 +1,6 @@
 """What the test files share: the repository on the path, one thread, a config that trains in seconds, one trained run."""
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,30 @@ def command(*args, **env):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **env}
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
+
+
+def start(*args, script="train.py", **env):
+    """A process of train.py."""
+    return subprocess.Popen([sys.executable, *map(str, [script, *args])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(*processes):
+    """(exit status, stdout, stderr) at the end; of several, those of the first that failed, or of the first."""
+    outs = [process.communicate(timeout=100) for process in processes]
+    return next(((p.returncode, *out) for p, out in zip(processes, outs) if p.returncode), (0, *outs[0]))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def ranks(n, *args, **kwargs):
+    """n processes with the environment that torchrun gives its ranks (torchrun itself takes seconds more)."""
+    port = free_port()
+    return [start(*args, **kwargs, RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(port)) for k in range(n)]
 
 
 def states(run, stage):

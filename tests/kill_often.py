@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from conftest import TINY, read_state
-from test_scale import finished, kill_often, start, weights
+from conftest import TINY, finished, read_state, start
+from test_scale import kill_often, weights
 
 
 def main(kills=20, seed=0):

@@ -7,8 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,29 +20,10 @@ import data
 import model as nets
 import probe
 import train
-from conftest import ROOT, TINY, read_state, states
+from conftest import TINY, finished, free_port, ranks, read_state, start, states
 
 TEN = ["stages=base,videojam", "base.steps=10", "videojam.steps=10", "save_every=5", "keep=9"]
-
-
-def start(*args, script="train.py", **env):
-    """A process of train.py."""
-    return subprocess.Popen([sys.executable, *map(str, [script, *args])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(*processes):
-    """(exit status, stdout, stderr) at the end; of several, those of the first that failed, or of the first."""
-    outs = [process.communicate(timeout=200) for process in processes]
-    return next(((p.returncode, *out) for p, out in zip(processes, outs) if p.returncode), (0, *outs[0]))
-
-
-def ranks(n, *args, **kwargs):
-    """n processes with the environment that torchrun gives its ranks (torchrun itself takes seconds more)."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [start(*args, **kwargs, RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(port)) for k in range(n)]
+KILLED = ["stages=base", "base.steps=40", "save_every=1", "log_every=5"]
 
 
 def weights(run, stage):
@@ -118,23 +97,42 @@ def test_two_ranks_share_the_state(together):
     assert len(files) == 2 and all(floats / 2 < file.stat().st_size < 0.9 * floats for file in files)
 
 
-def test_two_ranks_with_accumulation(trained, alone, tmp_path):
+@pytest.fixture(scope="module")
+def pair(trained, alone, tmp_path_factory):
+    """Four runs of two ranks, one after the other in the same two processes: {name: run folder}, and what either printed. In the last, SIGTERM reaches rank 1
+    alone, in its sixth step."""
+    root = tmp_path_factory.mktemp("pair")
+    runs = {name: folder(trained, root / name, *stages) for name, stages in (("accumulation", ["tae"]), ("bf16", []), ("resumed", ["tae"]), ("told", ["tae"]))}
+    shutil.copytree(alone / "base.state" / "step-5", runs["resumed"] / "base.state" / "step-5")
+    in_bf16 = [text for text in TINY if not text.startswith("precision")] + ["precision=bf16", "stages=tae,base", "base.steps=5"]
+    settings = {"accumulation": [*TINY, *TEN, "micro_batch=1", "checkpointing=attention"], "bf16": in_bf16, "resumed": [*TINY, *TEN, "stages=base"],
+                "told": [*TINY, *KILLED, "save_every=1000"]}
+    driver = root / "driver.py"
+    driver.write_text("import json, os, signal, sys, train\nreal, name = train.dit_loss, None\n"
+                      "def told(*args):\n    loss_of = real(*args)\n    def spy(step, rows):\n"
+                      "        if name == 'told' and train.RANK == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
+                      "        return loss_of(step, rows)\n    return spy\ntrain.dit_loss, train.finale, look = told, lambda *args: None, train.write_samples\n"
+                      "train.write_samples = lambda *args: look(*args) if name == 'bf16' else None\n"
+                      "for name, (port, args) in json.loads(sys.argv[1]).items():\n    os.environ['MASTER_PORT'] = str(port)\n    try:\n        train.main(args)\n"
+                      "    except train.Stopped as stopped:\n        print(stopped)\n        train.leave()\n")
+    both = ranks(2, json.dumps({name: [free_port(), [*args, f"run={runs[name]}"]] for name, args in settings.items()}), script=driver)
+    outs = list(map(finished, both))
+    assert [status for status, _, _ in outs] == [0, 0], outs[0][2] + outs[1][2]
+    return runs, [out for _, out, _ in outs]
+
+
+def test_two_ranks_with_accumulation(alone, pair):
     """Issue, point 1: two ranks, one clip at a time, activation checkpointing beside it: the same weights within 1e-5."""
-    run = folder(trained, tmp_path / "run", "tae")
-    status, out, err = finished(*ranks(2, *TINY, *TEN, f"run={run}", "micro_batch=1", "checkpointing=attention"))
-    assert status == 0, err
-    assert "2 ranks x 2 micro-batches x 1 clips" in out
+    runs, outs = pair
+    assert "2 ranks x 2 micro-batches x 1 clips" in outs[0]
     for stage in ("base", "videojam"):
-        assert distance(weights(run, stage), weights(alone, stage)) <= 1e-5
+        assert distance(weights(runs["accumulation"], stage), weights(alone, stage)) <= 1e-5
 
 
-def test_two_ranks_in_bf16(trained, alone, tmp_path):
+def test_two_ranks_in_bf16(trained, alone, pair):
     """bf16 computes, fp32 keeps: the state on disk is fp32 with more digits than bf16 has; the losses of the TAE (whole on both ranks) and of the base are those
     of one process in fp32 within 3 % (bf16 rounds to 0.4 %), and different."""
-    run = folder(trained, tmp_path / "run")
-    given = [text for text in TINY if not text.startswith("precision")] + ["precision=bf16", "stages=tae,base", "base.steps=5"]
-    status, _, err = finished(*ranks(2, *given, f"run={run}"))
-    assert status == 0, err
+    run = pair[0]["bf16"]
     net = read_state(run, "base", 5)["net"]
     assert all(w.dtype == torch.float32 for w in net.values())
     assert any((w.bfloat16().float() != w).any() for w in net.values())
@@ -143,24 +141,33 @@ def test_two_ranks_in_bf16(trained, alone, tmp_path):
         assert losses(run, stage) == pytest.approx(reference, rel=0.03) and losses(run, stage) != reference
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_resume_with_another_number_of_ranks(alone, together, quiet, tmp_path, capsys, before, after):
-    """Issue, point 2: five steps by two ranks, five by one, or the other way round: within 1e-5 of ten by one."""
-    first = together if before == 2 else alone
+def test_two_ranks_resume_what_one_left(alone, pair):
+    """Issue, point 2: five steps by one process, five more by two ranks: within 1e-5 of ten by one."""
+    runs, outs = pair
+    assert "base: resumed at step 5" in outs[0]
+    assert distance(read_state(runs["resumed"], "base", 10)["net"], read_state(alone, "base", 10)["net"]) <= 1e-5
+    assert distance(weights(runs["resumed"], "base"), weights(alone, "base")) <= 1e-5
+
+
+def test_one_resumes_what_two_ranks_left(alone, together, quiet, tmp_path, capsys):
+    """Issue, point 2: the other way round."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("tae.pt", "config.json"):
-        shutil.copy(first / name, run)
-    shutil.copytree(first / "base.state" / "step-5", run / "base.state" / "step-5")
-    if after == 1:
-        train.main([*TINY, *TEN, f"run={run}", "stages=base"])
-        out = capsys.readouterr().out
-    else:
-        status, out, err = finished(*ranks(after, *TINY, *TEN, f"run={run}", "stages=base"))
-        assert status == 0, err
-    assert "base: resumed at step 5" in out
+        shutil.copy(together / name, run)
+    shutil.copytree(together / "base.state" / "step-5", run / "base.state" / "step-5")
+    train.main([*TINY, *TEN, f"run={run}", "stages=base"])
+    assert "base: resumed at step 5" in capsys.readouterr().out
     assert distance(read_state(run, "base", 10)["net"], read_state(alone, "base", 10)["net"]) <= 1e-5
     assert distance(weights(run, "base"), weights(alone, "base")) <= 1e-5
+
+
+def test_one_rank_told_tells_all(pair):
+    """Issue: ranks agree at the end of the step. Only rank 1 got SIGTERM: both left after that step, with one whole checkpoint."""
+    runs, outs = pair
+    assert all("base: SIGTERM at step 6 of 40, saved in" in out for out in outs)
+    assert states(runs["told"], "base") == ["step-6"] and len(list((runs["told"] / "base.state" / "step-6").glob("*.distcp"))) == 2
+    assert not (runs["told"] / "base.pt").exists()
 
 
 def test_micro_batches_that_cannot_meet():
@@ -239,9 +246,6 @@ def test_meta_device_and_plain_construction_agree():
 
 
 # ---- Checkpoints that survive ---------------------------------------------------------------------------------------
-
-KILLED = ["stages=base", "base.steps=40", "save_every=1", "log_every=5"]
-
 
 @pytest.fixture(scope="module")
 def straight(trained, quiet, tmp_path_factory):
@@ -394,20 +398,6 @@ def test_sigterm_saves_and_leaves(trained, straight, quiet, tmp_path):
     assert not (run / "base.pt").exists() and 5 <= int(saved[0][5:]) < 40
     train.main(wanted)
     assert_equal(weights(run, "base"), weights(straight, "base"))
-
-
-def test_one_rank_told_tells_all(trained, straight, tmp_path):
-    """Issue: ranks agree at the end of the step. Only rank 1 gets SIGTERM, in its sixth step: both leave after it, with one whole checkpoint."""
-    run = folder(trained, tmp_path / "run", "tae")
-    driver = tmp_path / "driver.py"
-    driver.write_text("import os, runpy, signal, sys, train\nreal, calls = train.dit_loss, []\n"
-                      "def told(*args):\n    loss_of = real(*args)\n    def spy(step, rows):\n        if train.RANK == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
-                      "        return loss_of(step, rows)\n    return spy\ntrain.dit_loss = told\n"
-                      "try:\n    train.main(sys.argv[1:])\nexcept train.Stopped as stopped:\n    print(stopped)\n    train.leave()\n")
-    both = ranks(2, *TINY, *KILLED, f"run={run}", "save_every=1000", script=driver)
-    for status, out, err in map(finished, both):
-        assert status == 0 and "base: SIGTERM at step 6" in out, err
-    assert states(run, "base") == ["step-6"] and len(list((run / "base.state" / "step-6").glob("*.distcp"))) == 2
 
 
 # ---- Cached latents -------------------------------------------------------------------------------------------------
