@@ -577,7 +577,7 @@ def check(config):
         need(not isinstance(value, float) or math.isfinite(value), f"{key}={value} is no finite number")
         need(key == "t_mean" or not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
     for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.heads", "text.length", "tae.spatial",
-                "tae.temporal", "tae.tile", "log_every", "save_every", "keep", "gpus"):
+                "tae.temporal", "tae.tile", "log_every", "save_every", "keep_states", "gpus"):
         need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
     for key in ("drop_text", "drop_motion", "ema", "cooldown", "world.basic", "world.texture"):
         need(flatten(config)[key] <= 1, f"{key}={flatten(config)[key]}, expected at most 1")

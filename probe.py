@@ -787,26 +787,27 @@ def time_training(config, device, seed, steps):
     One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and no more than two minutes once there are three.
     """
     C, *size = nets.latent_size(config)
-    rows = list(range(train.RANK, config["batch"], train.WORLD))
-    micro = -(-len(rows) // (config["micro_batch"] or len(rows)))
+    micro = train.micro_batches(config, config["batch"])
+    n = len(micro[0])
     memory, parts = Memory(device), train.build_sharded(config, device, motion=True)
     state, layers = train.prepare(config, parts, 1e-4), (parts["dit"].motion_in, parts["dit"].motion_out)
-    z, prompts = torch.randn(len(rows), 2 * C, *size, generator=train.generator(seed, "speed")), [data.PROMPTS[i % len(data.PROMPTS)] for i in rows]
+    z, prompts = torch.randn(n, 2 * C, *size, generator=train.generator(seed, "speed")), (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
     stored = parts["text"](prompts) if config["text"]["frozen"] else None       # as data.py stores them
-    latents = lambda index: (z[:len(index)], prompts[:len(index)], stored and tuple([x[:len(index)] for x in some] for some in stored))
-    latents.n = 0
-    losses = {motion: train.dit_loss(config, parts, motion, latents, device) for motion in (False, True)}
+
+    def latents(index):
+        return z[:len(index)], prompts[:len(index)], stored and [[x[:len(index)] for x in some] for some in stored]
+    losses = {motion: train.dit_loss(config, parts, motion, latents, 0, device) for motion in (False, True)}
 
     def step(k, motion):
         parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
-        train.gradient(config, state, losses[motion], k, rows, micro, config["batch"])
+        train.gradient(config, state, losses[motion], k, micro, config["batch"])
         train.update(config, state, k, 1e-4)
 
     for motion in (False, True, False, True):                                   # allocations, compilation
         step(0, motion)
     memory.reset()
     took, start = {False: [], True: []}, time.perf_counter()
-    while len(took[True]) < steps and (train.WORLD > 1 or len(took[True]) < 3 or time.perf_counter() - start < 120):        # ranks must agree
+    while len(took[True]) < steps and (train.WORLD > 1 or len(took[True]) < 3 or time.perf_counter() - start < 120):        # several ranks must stop together
         for motion in (False, True):
             took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
     return took, memory.peak(), parts
@@ -831,7 +832,7 @@ def time_encoding_and_sampling(config, parts, device, seed):
 
 
 def speed(a):
-    """Clips, tokens and FLOPs per second, share of the peak and memory of training (base and joint net in turn), encoding and sampling.
+    """Clips, tokens and FLOPs per second, their share of the peak (MFU) and memory of training (base and joint net in turn), encoding and sampling.
 
     FLOPs are the model's own, a multiply-add counts two. A forward pass (`model.flops`) with N video and L text tokens, width D, SwiGLU's h, takes
         depth [2 N (6 D² + 3 D h) + 4 L D² + 4 N (N + L) D] + 4 N D C p² per stream + text in, time, modulation + the text encoder,
@@ -843,8 +844,8 @@ def speed(a):
         config["precision"] = train.fastest_precision(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                              # as train.py
-    whole, whose = peak_flops(config, device)
-    took, bytes_, parts = time_training(config, device, a.seed, a.clips)
+    fastest, which = peak_flops(config, device)
+    took, bytes_, parts = time_training(config, device, a.seed, a.steps)
     batch, rows = config["batch"], []
     lines = [(f"training step, {what}", float(np.median(took[motion])), batch, 3 * batch * nets.flops(config, motion) / train.WORLD, bytes_)
              for motion, what in ((False, "base"), (True, "joint"))]
@@ -853,7 +854,7 @@ def speed(a):
     N = math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
     for what, seconds, clips, flops, peak in lines:
         rows.append(dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
-                         share=flops / seconds / whole, peak_gb=peak / 1e9))
+                         share=flops / seconds / fastest, peak_gb=peak / 1e9))
     if train.RANK:
         return
     out = pathlib.Path(config["run"]) / "probe" / "speed.csv"
@@ -861,12 +862,12 @@ def speed(a):
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "
           f"checkpointing={config['checkpointing']}, {train.WORLD} x {where}, torch {torch.__version__}\n")
-    print("| | seconds | clips/s | tokens/s | TFLOP/s each | share of the peak | memory |\n|---|---|---|---|---|---|---|")
+    print("| | seconds | clips/s | tokens/s | TFLOP/s each | MFU | memory |\n|---|---|---|---|---|---|---|")
     for r in rows:
         print(f"| {r['what']} | {r['seconds']:.3g} | {r['clips_per_s']:.3g} | {r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {100 * r['share']:.1f} % | {r['peak_gb']:.2f} GB |")
     ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": train.WORLD})["together"]
     print(f"\njoint / base: {np.median(ratio):.3f}x, the median of {len(ratio)} pairs (half of them within {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f})")
-    print(f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\nthe peak is {whose}; {out}")
+    print(f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}; {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -879,21 +880,23 @@ def main(argv=None):
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("settings", nargs="*", help="speed: key=value as for train.py, in place of a run")
     p.add_argument("--run", default="runs/tiny")
-    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts), or steps of speed (default 20, in two minutes at most)")
+    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
+    p.add_argument("--steps", type=int, default=20, help="speed: training steps of each net (default 20, or as many as two minutes hold)")
     p.add_argument("--stage", choices=("videojam", "base", "control"), help="sdedit: which model (default videojam)")
     p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the 128 held-out ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="")
     a = p.parse_args(argv)
-    if a.clips is not None and a.clips < 1:
-        raise ValueError(f"--clips {a.clips}: expected at least 1")
+    for flag in ("clips", "steps"):
+        if getattr(a, flag) is not None and getattr(a, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(a, flag)}: expected at least 1")
     for flag, experiment in (("stage", "sdedit"), ("prompts", "ablate")):
         if getattr(a, flag) and a.experiment != experiment:
             raise ValueError(f"--{flag} is for {experiment}, found it with {a.experiment}: leave it out")
     if a.settings and a.experiment != "speed":
         raise ValueError(f"{a.experiment} reads the config from --run, found {' '.join(a.settings)}: leave it out")
     if a.experiment != "ablate":
-        a.clips = a.clips or (20 if a.experiment == "speed" else 128)
+        a.clips = a.clips or 128
     if train.WORLD > 1:
         a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
         dist.init_process_group("nccl" if a.experiment == "speed" and a.device.startswith("cuda") else "gloo")

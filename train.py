@@ -45,7 +45,7 @@ import sample
 
 STAGES = ("tae", "base", "control", "videojam")
 LONGER = "run=runs/hour data.cache=20000 tae.steps=6000 base.steps=2000 videojam.steps=11000 videojam.lr=2e-3"
-MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every", "save_every", "keep",
+MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every", "save_every", "keep_states",
               "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
@@ -130,35 +130,35 @@ def barrier():
         dist.barrier()
 
 
-def leave():
+def close_process_group():
     barrier()                                                                   # gloo aborts where one rank is gone before the others
     if WORLD > 1:
         dist.destroy_process_group()
 
 
-def whole(w):
-    """A tensor from its shards; all ranks must ask."""
+def full(w):
+    """A sharded tensor, whole; all ranks must ask."""
     return w.full_tensor() if isinstance(w, DTensor) else w
 
 
 def build_sharded(config, device, motion=False):
-    """{"text", "dit"} on the device with their first weights: fully_shard (FSDP2) over each DiT block, then over what is left of either net.
+    """{"text", "dit"} on the device with their first weights; over several ranks sharded by FSDP2 (ZeRO-3): each DiT block, then what is left of each net.
 
-    The shards are fp32. A block is gathered when its turn comes (in bf16 where the config says so), gradients are reduced in fp32.
-    Alone there is nothing to shard, and the same lines build the whole nets.
+    The shards are fp32. A block's weights are all-gathered when its turn comes (in bf16 where the config says so), gradients reduce-scattered in fp32.
+    Alone there is nothing to shard, and the same lines build the nets.
     """
-    with torch.device("meta"):                                                  # sizes without memory: 30B is nowhere whole
+    with torch.device("meta"):                                                  # sizes without memory; filled below tensor by tensor
         parts = dict(text=nets.build_text(config), dit=nets.build_dit(config, motion))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if config["precision"] == "bf16" else None, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)                    # t in bf16 would be off by whole steps; autocast casts the rest
     if config["compile"] == "always" or config["compile"] == "auto" and device.type == "cuda":
-        for block in parts["dit"].blocks:
+        for block in parts["dit"].blocks:                                       # compiled once for all blocks, as they are alike
             block.compile()
     if WORLD > 1:
         mesh = init_device_mesh(device.type, (WORLD,))
+        # t in bf16 has 8 bits, which the timestep embedding multiplies by 1000: inputs are left alone, autocast casts what may be
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if config["precision"] == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for net in [*parts["dit"].blocks, *parts.values()]:
-            if any(True for _ in net.parameters()):
-                fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            if list(net.parameters()):                                          # RandomText has none
+                fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)       # the root too: `swap` changes the shards between two forwards
     for part in parts.values():
         part.to_empty(device=device)
         part.init()
@@ -169,55 +169,66 @@ def build_sharded(config, device, motion=False):
 # The state of training, and one step of it.
 
 def prepare(config, parts, lr):
-    """Parts (name -> net) -> net, params, optimizer, ema, and `tensors`: all of it by name, what a checkpoint holds."""
+    """Parts (name -> net) -> net, params, optimizer, weights, ema, and `tensors`: all of it by name, what a checkpoint holds."""
     net = nn.ModuleDict(parts).train()
-    shares = {"text": config["text"]["lr"]}                                     # an embedding of bytes forgets its text at the DiT's rate
-    groups = [dict(params=list(part.parameters()), share=shares.get(name, 1.0)) for name, part in net.items() if list(part.parameters())]
+    scales = {"text": config["text"]["lr"]}                                     # an embedding of bytes forgets its text at the DiT's rate
+    groups = [dict(params=list(part.parameters()), lr_scale=scales.get(name, 1.0)) for name, part in net.items() if list(part.parameters())]
     params = dict(net.named_parameters())
     device = next(iter(params.values())).device
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
-    for p in params.values():                                                   # AdamW's own, made before the first step: a checkpoint needs a place to load them to
+    for p in params.values():                                                   # DCP loads in place, and AdamW has no state before its first step: made here
         optimizer.state[p] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    weights = net.state_dict()                                                  # by reference
+    weights = net.state_dict()                                                  # the live tensors: what `swap` writes, the net uses
     ema = {name: w.clone() for name, w in weights.items()}
     moments = {key: {name: optimizer.state[p][key] for name, p in params.items()} for key in ("exp_avg", "exp_avg_sq")}
     return types.SimpleNamespace(net=net, params=params, optimizer=optimizer, weights=weights, ema=ema, device=device, tensors=dict(net=weights, ema=ema, **moments))
 
 
-def gradient(config, state, loss_of, step, rows, micro, batch, stop=()):
+def micro_batches(config, batch):
+    """This rank's samples of the global batch, cut for gradient accumulation: as many cuts on every rank, as their collectives meet in each.
+
+    ValueError where a rank would have nothing to do in one of them.
+    """
+    rows, largest = list(range(RANK, batch, WORLD)), math.ceil(batch / WORLD)
+    n = math.ceil(largest / (config["micro_batch"] or largest))
+    if n > batch // WORLD:
+        raise ValueError(f"batch={batch} over {WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // WORLD} clips for {n} micro-batches, "
+                         f"expected a clip for each: take another micro_batch or number of ranks")
+    return [rows[i::n] for i in range(n)]
+
+
+def gradient(config, state, loss_of, step, micro, batch, sigterm=()):
     """Gradient of the global batch, clipped, in the parameters' .grad; micro-batches and ranks add up because the loss is linear in samples.
 
-    rows: this rank's samples, in `micro` parts. Returns {name: sum over the global batch}, {name: (10,) sums of this rank}, the gradient's norm.
+    Returns {name: sum over the global batch, and "stop": ranks that got SIGTERM}, {name: (10,) sums per tenth of t of this rank}, the gradient's norm.
     """
     sharded = any(isinstance(p, DTensor) for p in state.params.values())
-    logs, tenths = {}, {}
-    for i in range(micro):
-        part = rows[i::micro]
+    logs, by_t = {}, {}
+    for rows in micro:
         with kernels(config, state.device):
-            loss, scalars, bins = loss_of(step, part)
-            (loss * len(part) / batch * (WORLD if sharded else 1)).backward()   # FSDP takes the mean over the ranks
-        for name, value in scalars.items():
-            logs[name] = logs.get(name, 0) + value.detach()
-        for name, value in bins.items():
-            tenths[name] = tenths.get(name, 0) + value.detach()
-    for p in state.params.values():
+            loss, scalars, tenths = loss_of(step, rows)
+            share = len(rows) / batch                                           # of the mean over the global batch
+            (loss * share * (WORLD if sharded else 1)).backward()               # FSDP averages over the ranks; we want their sum
+        for total, new in ((logs, scalars), (by_t, tenths)):
+            for name, value in new.items():
+                total[name] = total.get(name, 0) + value.detach()
+    for p in state.params.values():                                             # probe.py speed leaves two layers out; every rank reduces the same list
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    logs["stop"] = torch.tensor(float(len(stop)), device=state.device)               # one rank that was told to stop tells all
-    total = torch.stack(list(logs.values()))
-    sum_over_ranks([total] + [p.grad for p in state.params.values() if not sharded])
+    logs["stop"] = torch.tensor(float(len(sigterm)), device=state.device)       # rides along: no collective of its own
+    sums = torch.stack(list(logs.values()))
+    sum_over_ranks([sums] + [p.grad for p in state.params.values() if not sharded])            # the TAE: whole on every rank, plain data parallel
     norm = nn.utils.clip_grad_norm_(state.params.values(), config["clip"])
-    return dict(zip(logs, total.tolist())), tenths, whole(norm).item()
+    return dict(zip(logs, sums.tolist())), by_t, full(norm).item()
 
 
 def update(config, state, step, lr):
-    """AdamW, then the average of the weights."""
+    """AdamW, then the average of the weights (EMA)."""
     for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["share"]
+        group["lr"] = lr * group["lr_scale"]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     decay = min(config["ema"], (1 + step) / (10 + step))                        # warm-up, or the average would be the noise of the start
-    names = [name for name, w in state.ema.items() if w.is_floating_point()]
-    torch._foreach_lerp_([state.ema[n] for n in names], [state.weights[n] for n in names], 1 - decay)
+    torch._foreach_lerp_(list(state.ema.values()), [state.weights[name] for name in state.ema], 1 - decay)
 
 
 @torch.no_grad()
@@ -240,7 +251,7 @@ def cause(error):
 
 def checkpoints(folder):
     """The finished ones, newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.suffix != ".tmp"), key=lambda path: -int(path.name[5:]))
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=lambda path: -int(path.name[5:]))
 
 
 def save_state(folder, state, step, parent, keep):
@@ -253,7 +264,7 @@ def save_state(folder, state, step, parent, keep):
     barrier()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # alone it is
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so where there is one process
             dcp.save(state.tensors, checkpoint_id=temporary)
         if RANK == 0:
             (temporary / "state.json").write_text(json.dumps(dict(step=step, parent=parent)))
@@ -275,38 +286,35 @@ def load_state(folder, state, parent):
 
     ValueError for one of another parent or architecture, and where there are checkpoints and none can be read.
     """
-    tried = []
-    if RANK == 0:
-        for path in folder.glob("*.tmp"):                                       # a save that was killed
-            shutil.rmtree(path)
+    torn = []
     for path in checkpoints(folder):
         try:
             about = json.loads((path / "state.json").read_text())
-            there = {name: tuple(w.size) for name, w in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
+            found = {name: tuple(w.size) for name, w in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
         except Exception as error:                                              # unpickling raises anything
-            tried.append(f"{path} is torn ({cause(error)})")
-            print0(f"{tried[-1]}; trying the one before")
+            torn.append(f"{path} is torn ({cause(error)})")
+            print0(f"{torn[-1]}; trying the one before")
             continue
         if about["parent"] != parent:
             raise ValueError(f"{path} was trained on another base.pt or tae.pt than the one in {folder.parent}: delete {folder}, or take a new run folder")
-        here = {f"{kind}.{name}": tuple(w.shape) for kind, named in state.tensors.items() for name, w in named.items()}
-        for name in [*here, *there]:
-            if there.get(name) != here.get(name):
-                raise ValueError(f"{path}: {name}: found {there.get(name, 'nothing')}, expected {here.get(name, 'nothing')}; it was made with another config: "
+        expected = {f"{kind}.{name}": tuple(w.shape) for kind, named in state.tensors.items() for name, w in named.items()}
+        for name in [*expected, *found]:
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{path}: {name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}; it was made with another config: "
                                  f"delete {folder}, or take a new run folder")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load(state.tensors, checkpoint_id=path)
         except CheckpointException as error:
-            tried.append(f"{path} is torn ({cause(error)})")
-            print0(f"{tried[-1]}; trying the one before")
+            torn.append(f"{path} is torn ({cause(error)})")
+            print0(f"{torn[-1]}; trying the one before")
             continue
         for moments in state.optimizer.state.values():
             moments["step"].fill_(about["step"])
         return about["step"]
-    if tried:
-        raise ValueError(f"{'; '.join(tried)}: delete {folder} to start this stage again")
+    if torn:
+        raise ValueError(f"{'; '.join(torn)}: delete {folder} to start this stage again")
     return 0
 
 
@@ -331,51 +339,50 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
         raise ValueError(f"{folder} is at step {step}, beyond {stage}.steps={steps}: ask for at least as many, or take a new run folder")
     if step:
         print0(f"{stage}: resumed at step {step}")
-    forget_lines(run / "log.jsonl", stage, step)
-    rows = list(range(RANK, batch, WORLD))                                      # this rank's share of the global batch
-    most = -(-batch // WORLD)
-    micro = -(-most // (config["micro_batch"] or most))                         # as many parts on every rank: they meet in each
-    if micro > batch // WORLD:
-        raise ValueError(f"batch={batch} over {WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // WORLD} clips for {micro} micro-batches, "
-                         f"expected a clip for each: take another micro_batch or number of ranks")
-    print0(f"{stage}: {sum(p.numel() for p in state.params.values()) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x {micro} micro-batches x {-(-most // micro)} clips")
-    sums, tenths, clock, since, told = {}, {}, time.time(), step, False
+    if RANK == 0:
+        forget_lines(run / "log.jsonl", stage, step)
+        for old in folder.glob("*.tmp"):                                        # saves that were killed
+            shutil.rmtree(old)
+    micro = micro_batches(config, batch)
+    print0(f"{stage}: {count(state.net) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x {len(micro)} micro-batches x {len(micro[0])} clips")
+    totals, totals_by_t, interval_start, interval_step, stop = {}, {}, time.time(), step, False
     with sigterm() as came, tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True) as bar:
-        while step < steps and not told:
-            logs, bins, norm = gradient(config, state, loss_of, step, rows, micro, batch, came)
-            told = logs.pop("stop") > 0                                         # all ranks know it in the same step
+        while step < steps and not stop:
+            logs, by_t, norm = gradient(config, state, loss_of, step, micro, batch, came)
+            stop = logs.pop("stop") > 0                                         # all ranks know it in the same step
             if not all(map(math.isfinite, (*logs.values(), norm))):             # stop before anything is spoilt
                 bar.close()
                 last = checkpoints(folder)
                 raise ValueError(f"{stage}: the loss or its gradient is not finite at step {step}; nothing was saved, the last state is "
                                  f"{last[0] if last else 'none'}; lower {stage}.lr or set another seed")
-            now = lr * min(1, (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1))
-            update(config, state, step, now)
+            # linear warm-up, constant, linear cool-down; the paper's is constant throughout
+            lr_now = lr * min(1, (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1))
+            update(config, state, step, lr_now)
             step += 1
             # ---- log, save, look
-            for total, new in ((sums, logs), (tenths, bins)):
+            for total, new in ((totals, logs), (totals_by_t, by_t)):
                 for name, value in new.items():
                     total[name] = total.get(name, 0) + value
-            bar.set_postfix(loss=f"{sums['loss'] / max(sums['clips'], 1):.4f}")
+            bar.set_postfix(loss=f"{totals['loss'] / max(totals['clips'], 1):.4f}")
             bar.update()
             if step % config["log_every"] == 0 or step == steps:
-                sum_over_ranks(list(tenths.values()))
+                sum_over_ranks(list(totals_by_t.values()))                      # once per line of the log
                 if RANK == 0:
-                    log_line(run, stage, step, sums, tenths, lr=now, norm=norm, seconds=time.time() - clock, steps=step - since)
-                sums, tenths, clock, since = {}, {}, time.time(), step
-            if step % config["save_every"] == 0 or step == steps or told:
-                save_state(folder, state, step, parent, config["keep"])
-            if config["sample_every"] and step % config["sample_every"] == 0 and step < steps and not told:
+                    log_line(run, stage, step, totals, totals_by_t, lr=lr_now, norm=norm, seconds=time.time() - interval_start, steps=step - interval_step)
+                totals, totals_by_t, interval_start, interval_step = {}, {}, time.time(), step
+            if step % config["save_every"] == 0 or step == steps or stop:
+                save_state(folder, state, step, parent, config["keep_states"])
+            if config["sample_every"] and step % config["sample_every"] == 0 and step < steps and not stop:
                 swap(state)
                 look(state.net.eval(), step)
                 state.net.train()
                 swap(state)
-    if told:
+    if stop:
         raise Stopped(f"{stage}: SIGTERM at step {step} of {steps}, saved in {folder}; the same command goes on")
     swap(state)
     weights = {}
     for name, w in state.weights.items():
-        w = whole(w)                                                            # one at a time, and rank 0 alone keeps them
+        w = full(w)                                                             # one at a time, and rank 0 alone keeps them, in its RAM
         if RANK == 0:
             weights[name] = w.cpu()
     return state.net.eval().requires_grad_(False), weights
@@ -385,7 +392,7 @@ def fastest_precision(device):
     """"bf16" or "fp32": what this hardware multiplies faster. Some CPUs list bf16 and are slower in it, so those are timed."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+    if device.type != "cpu" or not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return "fp32"
     seconds = []
     for a in (torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)):
@@ -405,7 +412,7 @@ def kernels(config, device):
 
 @contextlib.contextmanager
 def sigterm():
-    """A list that has an entry once SIGTERM has come: schedulers send it some seconds before they kill."""
+    """A list that has an entry once SIGTERM has come: schedulers send it some time before they kill."""
     came = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
     try:
@@ -416,9 +423,9 @@ def sigterm():
 
 def forget_lines(path, stage, step):
     """Drop the log's lines of a stage's steps that are about to be taken again."""
-    if RANK == 0 and path.exists():
-        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]    # a kill may have torn the last
-        lines = [line for line in whole if (got := json.loads(line))["stage"] != stage or got["step"] <= step]
+    if path.exists():
+        complete = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # a kill may have torn the last
+        lines = [line for line in complete if (got := json.loads(line))["stage"] != stage or got["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(lines))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -505,15 +512,15 @@ def measure_statistics(tae, clips, config, device, count=256):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 2 and 3: the DiT on latents. `base` and `control` are Eq. 3, `videojam` is Eq. 6.
 
-def dit_loss(config, parts, motion, latents, device, first=0):
-    """The loss_of of `fit` for the DiT: Eq. 6 with motion, else Eq. 3. latents(list of clip numbers) -> z, captions, stored features; first: steps before this stage."""
+def dit_loss(config, parts, motion, latents, n, device, first=0):
+    """The loss_of of `fit` for the DiT: Eq. 6 with motion, else Eq. 3. latents(list of numbers of n clips, 0: endless) -> z, captions, stored features; first: steps before this stage."""
     seed, batch, C = config["seed"], config["batch"], nets.latent_size(config)[0]
     text, dit = parts["text"], parts["dit"]
     empty = functools.cache(lambda: text([""]))                                 # used where the encoders are frozen
 
     def loss_of(step, rows):
         step += first
-        z1, captions, stored = latents([clip_index(seed, step * batch + row, latents.n) for row in rows])
+        z1, captions, stored = latents([clip_index(seed, step * batch + row, n) for row in rows])
         z1 = z1.to(device)
         t, z0, keep_text, keep = map(torch.stack, zip(*(draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"], config["t_mean"]) for row in rows)))
         t, z0, keep = t.to(device), z0.to(device), keep.to(device)
@@ -555,16 +562,16 @@ def train_dit(config, stage, latents, device):
         widened = [f"dit.{name}" for name in parts["dit"].state_dict() if name.startswith("motion_")]
         nets.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
     look = functools.partial(write_samples, config, stage, latents)
-    net, weights = fit(config, stage, parts, dit_loss(config, parts, motion, latents, device, first), steps, batch=config["batch"], lr=lr, parent=parent, look=look)
+    net, weights = fit(config, stage, parts, dit_loss(config, parts, motion, latents, latents.n, device, first), steps, batch=config["batch"], lr=lr, parent=parent, look=look)
     finish(config, stage, weights, steps, parent, tae)
     look(net, steps)
 
 
 def write_samples(config, stage, latents, net, step):
-    """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance. All ranks sample, rank 0 writes."""
+    """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance. All ranks sample, as FSDP gathers weights in each forward; rank 0 writes."""
     model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=latents.device)
     prompts = latents.clips.prompts()[:4]
-    with precision(config, latents.device):                                     # sharded weights come in bf16
+    with precision(config, latents.device):                                     # sharded weights are gathered in bf16, their inputs must be too
         video, motion = sample.generate(model, prompts, range(len(prompts)), bar=RANK == 0)
     if RANK > 0:
         return
@@ -577,13 +584,18 @@ def write_samples(config, stage, latents, net, step):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def kept_bytes(N, L, D, hidden, size, mode):
-    """What autograd keeps of one block for one clip: N video and L text tokens of width D, products of `size` bytes (2: bf16, 4: fp32), the rest fp32.
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
 
-    Counted with the flash kernel, so without scores, and without compile, which keeps less. tests/test_scale.py compares with autograd's own.
+
+def kept_bytes(N, L, D, hidden, itemsize, mode):
+    """What autograd keeps of one block for one clip: N video and L text tokens of width D, products of `itemsize` bytes (2: bf16, 4: fp32), the rest fp32.
+
+    Of N D numbers each: fp32 9 (residual stream, norms, modulated inputs), products 10 (q, k, v, outputs of attentions and projections), and 4 N hidden in
+    SwiGLU; counted with the flash kernel, so without scores, and without compile, which keeps less. tests/test_scale.py compares with autograd's own count.
     """
-    everything = N * D * (36 + 10 * size) + 4 * size * N * hidden + 3 * size * L * D
-    return {"none": everything, "attention": N * D * (4 + 2 * size), "full": N * D * 4}[mode]
+    everything = N * D * (9 * 4 + 10 * itemsize) + 4 * itemsize * N * hidden + 3 * itemsize * L * D
+    return {"none": everything, "attention": N * D * (4 + 2 * itemsize), "full": N * D * 4}[mode]
 
 
 def plan_memory(config):
@@ -591,45 +603,48 @@ def plan_memory(config):
     with torch.device("meta"):
         text, dit = nets.build_text(config), nets.build_dit(config, motion=True)
     C, T, H, W = nets.latent_size(config)
-    gpus, size, mode = config["gpus"], 4 if config["precision"] == "fp32" else 2, config["checkpointing"]
-    block, everything = count(dit.blocks[0]), count(text, dit)
-    clips = -(-config["batch"] // gpus)
+    gpus, itemsize, mode = config["gpus"], 4 if config["precision"] == "fp32" else 2, config["checkpointing"]
+    block, parameters = count(dit.blocks[0]), count(text, dit)
+    clips = math.ceil(config["batch"] / gpus)
     clips = min(config["micro_batch"] or clips, clips)
-    shape = T * H * W // dit.patch ** 2, config["text"]["length"] * len(dit.text_in), config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, size
-    memory = {"weights": 4 * everything / gpus, "gradients": 4 * everything / gpus, "AdamW": 8 * everything / gpus, "EMA": 4 * everything / gpus,
-              "activations": clips * (len(dit.blocks) * kept_bytes(*shape, mode) + (mode != "none") * kept_bytes(*shape, "none"))}     # and the block computed again
-    if gpus > 1:                                                                # all but the blocks; this block and the next; this one's gradient before it is reduced
-        memory["gathered"] = size * (everything - count(*dit.blocks) + 2 * block) + (size + 4) * block
-    elif size == 2:
-        memory["autocast's copies"] = 2 * (everything if mode == "none" else block)
+    sizes = T * H * W // dit.patch ** 2, config["text"]["length"] * len(dit.text_in), config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, itemsize
+    kept = len(dit.blocks) * kept_bytes(*sizes, mode) + (mode != "none") * kept_bytes(*sizes, "none")       # and of the block that is being computed again
+    memory = {"weights": 4 * parameters / gpus, "gradients": 4 * parameters / gpus, "AdamW": 8 * parameters / gpus, "EMA": 4 * parameters / gpus, "activations": clips * kept}
+    if gpus > 1:            # all-gathered: what is outside the blocks, this block and the next; and this block's gradient before it is reduce-scattered
+        memory["gathered"] = itemsize * (parameters - count(*dit.blocks) + 2 * block) + (itemsize + 4) * block
+    elif itemsize == 2:     # autocast's copies of the weights: all are kept for the backward pass, or one block's at a time
+        memory["bf16 copies"] = 2 * (parameters if mode == "none" else block)
     return {**memory, "together": sum(memory.values())}
 
 
-def count(*modules):
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
 def plan(config):
-    """plan=true: parameters, FLOPs, memory and time of videojam on config["gpus"] GPUs; computed on the meta device, in seconds."""
+    """plan=true: parameters, FLOPs, time and memory of the DiT's training on config["gpus"] GPUs; computed on the meta device, in seconds."""
     with torch.device("meta"):
         tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion=True)
         video = torch.empty(1, 3, config["frames"], config["height"], config["width"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tae.encode(video)
-    (C, T, H, W), gpus, steps = nets.latent_size(config), config["gpus"], config["videojam"]["steps"]
-    flops = 3 * nets.flops(config, motion=True) * config["batch"]
-    seconds = flops / (gpus * config["tflops"] * 1e12 * config["utilisation"])
-    say = lambda n: f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+    (C, T, H, W), gpus = nets.latent_size(config), config["gpus"]
     parts = {"TAE": [tae], "text": [text], "DiT": [dit], "  attention": [b.attn for b in dit.blocks], "  cross-attention": [b.cross for b in dit.blocks],
              "  feed-forward": [b.ffn for b in dit.blocks], "  time, modulation": [dit.time, dit.modulation], "  text in": [dit.text_in],
              "  patches, x": [dit.patch_in, dit.patch_out], "  patches, d": [dit.motion_in, dit.motion_out]}
-    print0(f"{config['preset']}: {config['frames']} frames of {config['height']}x{config['width']}, latents {C} x {T} x {H} x {W}, {T * H * W // dit.patch ** 2} tokens a clip\n\nparameters")
-    print0("\n".join(f"  {name:<20}{say(count(*modules)):>12}" for name, modules in parts.items()))
-    print0(f"\na step of {config['batch']} clips\n  DiT             {flops / 1e12:14,.2f} TFLOPs\n  TAE             {2 * config['batch'] * counter.get_total_flops() / 1e12:14,.2f} TFLOPs, "
-           f"unless the latents are cached (data.py)")
-    print0(f"  {f'on {gpus} GPU(s)':<16}{seconds:14.3g} s at {100 * config['utilisation']:g} % of {config['tflops']:g} TFLOP/s each; {steps} steps of videojam: {seconds * steps / 3600:.3g} hours")
-    print0(f"\nmemory per GPU, checkpointing {config['checkpointing']}")
-    print0("\n".join(f"  {name:<20}{n / 1e9:9.3f} GB" for name, n in plan_memory(config).items()))
+    print0(f"{config['preset']}: {config['frames']} frames of {config['height']}x{config['width']}, latents {C} x {T} x {H} x {W}, {T * H * W // dit.patch ** 2} tokens a clip")
+    print0("\nparameters")
+    for name, modules in parts.items():
+        n = count(*modules)
+        print0(f"  {name:<20}{f'{n / 1e9:.2f} B' if n >= 1e9 else f'{n / 1e6:.2f} M':>12}")
+    step = 3 * nets.flops(config, motion=True) * config["batch"]                # forward once, backward twice as much
+    encoding = 2 * counter.get_total_flops() * config["batch"]                  # appearance and motion
+    seconds = step / (gpus * config["tflops"] * 1e12 * config["utilisation"])
+    print0(f"\na step of {config['batch']} clips")
+    print0(f"  {'DiT':<20}{step / 1e12:12,.2f} TFLOPs")
+    print0(f"  {'encoding by the TAE':<20}{encoding / 1e12:12,.2f} TFLOPs, unless the latents are cached (data.py)")
+    print0(f"  {f'on {gpus} GPU(s)':<20}{seconds:12.3g} s at an MFU of {100 * config['utilisation']:g} %, {config['tflops']:g} TFLOP/s each (gpus= utilisation= tflops=), the DiT alone")
+    for stage in ("base", "videojam"):
+        print0(f"  {stage + ', hours':<20}{seconds * config[stage]['steps'] / 3600:12.3g} for {config[stage]['steps']} steps")
+    print0(f"\nmemory per GPU for training the DiT, checkpointing={config['checkpointing']}")
+    for name, n in plan_memory(config).items():
+        print0(f"  {name:<20}{n / 1e9:12.3f} GB")
 
 
 def refuse_to_spoil(config):
@@ -689,9 +704,10 @@ def main(argv=None):
             raise ValueError(f"stages={config['stages']}: unknown stage {stage!r}, expected some of {', '.join(STAGES)}")
     if config["plan"]:
         return plan(config)
-    batch = min(config["tae"]["batch"] if stage == "tae" else config["batch"] for stage in stages)
-    if WORLD > batch:
-        raise ValueError(f"{WORLD} ranks for a global batch of {batch} clips: expected at most one rank per clip")
+    for stage in stages:
+        batch = config["tae"]["batch"] if stage == "tae" else config["batch"]
+        if WORLD > batch and not done(config, stage):
+            raise ValueError(f"{stage}: found {WORLD} ranks for a global batch of {batch} clips, expected at most one rank per clip")
     device = nets.find_device(config["device"])
     if device.type == "cpu" and WORLD > 1 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
         raise ValueError(f"several ranks on CPUs: found torch {torch.__version__}, expected at least 2.9, where gloo learned the mean that FSDP asks for: take one process, or GPUs")
@@ -700,7 +716,7 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if WORLD > 1:
-        dist.init_process_group("nccl", device_id=device) if device.type == "cuda" else dist.init_process_group("gloo")
+        dist.init_process_group(**dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo"))
     start = time.time()
     clips, latents = prepare_run(config, device), None
     for stage in stages:
@@ -720,7 +736,7 @@ def main(argv=None):
         print0(f"trained in {(time.time() - start) / 60:.1f} minutes")
         finale(config, stages)
         print0(f"all in {(time.time() - start) / 60:.1f} minutes")
-    leave()
+    close_process_group()
 
 
 def finale(config, stages):
@@ -742,8 +758,8 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}" if RANK == 0 else 1)
+        sys.exit(f"train.py{f', rank {RANK}' if RANK else ''}: {error}")
     except Stopped as stopped:
         print0(f"train.py: {stopped}")
-        leave()
+        close_process_group()
         sys.exit(128 + signal.SIGTERM)
