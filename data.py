@@ -582,7 +582,7 @@ class VideoFolder:
         d = estimate_flow(video[None], self.raft)[0].half().cpu()
         if self.flow_dir:
             os.makedirs(self.flow_dir, exist_ok=True)
-            with open(f"{stem}{os.getpid()}.tmp", "wb") as file:
+            with open(f"{stem}{os.environ.get('RANK', 0)}-{os.getpid()}.tmp", "wb") as file:
                 np.save(file, d.numpy())
             os.replace(file.name, f"{stem}{self.raft_print}.npy")  # whole or not at all, whatever kills this run or another rank
         return d
@@ -657,7 +657,8 @@ def open_data(config, split="train", device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents: what the DiT is trained on.
 
-SHARD = 256  # clips per file
+CLIPS_PER_FILE = 256
+PIXELS_AT_ONCE = 2**23  # that the TAE encodes: 64 clips of 32x32x32, 4 tiles of 32x256x256
 
 
 @torch.no_grad()
@@ -666,23 +667,28 @@ def encode(tae, got, sigma):
     return torch.cat([tae.encode(got["video"]), tae.encode(flow_to_rgb(got["flow"], sigma), motion=True)], dim=1)
 
 
-class Latents:
-    """z and captions by clip number, n clips (0: endless): from <run>/latents, or encoded once and kept (data.cache), or encoded when asked for.
+def in_chunks(start, stop, config):
+    """range(start, stop) in pieces of as many clips as are encoded at once: 1 to 32."""
+    n = PIXELS_AT_ONCE // (min(config["frames"], config["tae"]["tile"]) * config["height"] * config["width"])
+    n = max(1, min(32, n))
+    return [range(i, min(i + n, stop)) for i in range(start, stop, n)]
 
-    [0, 5] -> z (2, 2C, T, H, W) float, two captions, and the stored features and masks of frozen text encoders, or None.
-    ValueError for a folder of latents that is not finished, or made by another TAE, of other clips or sizes.
-    """
+
+class Latents:
+    """z and captions by clip number; n clips, 0: endless. [0, 5] -> z (2, 2C, T, H, W) float, two captions, stored text features and masks or None. From
+    1. the files in <run>/latents that data.py wrote, by memory map; else 2. memory, where no more than data.cache clips are encoded now, by every rank for itself;
+    else 3. encoded when asked for. ValueError for files that are not finished, or made by another TAE, of other clips or sizes."""
 
     def __init__(self, config, tae, clips, device, bar=True):
         self.tae, self.clips, self.device, self.sigma = tae, clips, device, config["flow"]["sigma"]
         self.n = len(clips) if config["data"]["root"] else config["data"]["cache"]
-        self.folder, self.shards, self.kept = Path(config["run"], "latents"), {}, None
+        self.folder, self.files, self.kept = Path(config["run"], "latents"), {}, None
         self.stored = (self.folder / "index.json").exists()
         if self.stored:
             self.check(config)
         elif 0 < self.n <= config["data"]["cache"]:
-            chunks = [range(i, min(i + 32, self.n)) for i in range(0, self.n, 32)]
-            got = [self.fresh(chunk) for chunk in tqdm(chunks, desc="encoding", unit_scale=32, unit="clip", disable=not bar, dynamic_ncols=True)]
+            chunks = in_chunks(0, self.n, config)
+            got = [self.fresh(chunk) for chunk in tqdm(chunks, desc="encoding", unit_scale=len(chunks[0]), unit="clip", disable=not bar, dynamic_ncols=True)]
             self.kept = torch.cat([z.half() for z, _ in got]), [text for _, captions in got for text in captions]
 
     def check(self, config):
@@ -690,7 +696,7 @@ class Latents:
         for key in expected:
             if found.get(key) != expected[key]:
                 raise ValueError(f"{self.folder} was made with another {key}: found {found.get(key)}, expected {expected[key]}; delete it, and make it again with data.py if you like")
-        missing = [k for k in range(-(-self.n // SHARD)) if not (self.folder / f"{k:05d}.pt").exists()]
+        missing = [k for k in range(math.ceil(self.n / CLIPS_PER_FILE)) if not (self.folder / f"{k:05d}.pt").exists()]
         if missing:
             raise ValueError(f"{self.folder} is not finished, {len(missing)} of its files are missing: torchrun data.py run={config['run']} goes on, or delete it")
 
@@ -707,12 +713,23 @@ class Latents:
     def read(self, indices):
         rows = []
         for i in indices:
-            if i // SHARD not in self.shards:  # mapped, not read: of a shard only the rows that are used come into memory
-                self.shards[i // SHARD] = torch.load(self.folder / f"{i // SHARD:05d}.pt", mmap=True, weights_only=True)
-            rows.append((self.shards[i // SHARD], i % SHARD))
-        z, captions = torch.stack([shard["z"][row] for shard, row in rows]).float(), [shard["caption"][row] for shard, row in rows]
-        pick = lambda key: [torch.stack([shard[key][k][row] for shard, row in rows]) for k in range(len(rows[0][0][key]))]
-        return z, captions, (pick("features"), pick("masks")) if rows[0][0]["features"] else None
+            k, row = divmod(i, CLIPS_PER_FILE)
+            if k not in self.files:  # mapped, not read: of a file only the rows that are used come into memory
+                self.files[k] = torch.load(self.folder / f"{k:05d}.pt", mmap=True, weights_only=True)
+            rows.append((self.files[k], row))
+        z, captions = torch.stack([file["z"][row] for file, row in rows]).float(), [file["caption"][row] for file, row in rows]
+        encoders = range(len(rows[0][0]["features"]))
+        if not encoders:
+            return z, captions, None
+        features, masks = ([torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks"))    # (B, L, D_text), (B, L)
+        return z, captions, (features, masks)
+
+
+def identity(config, tae, clips, n):
+    """What stored latents depend on: they are refused where one of these differs."""
+    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else [config["seed"], config["world"]]
+    return dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]], clips=n, sigma=config["flow"]["sigma"],
+                data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
 
 
 def run_config(config, argv):
@@ -727,15 +744,8 @@ def run_config(config, argv):
     return {**json.loads(path.read_text()), "run": config["run"], "device": config["device"]}
 
 
-def identity(config, tae, clips, n):
-    """What stored latents depend on: they are refused where one of these differs."""
-    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else [config["seed"], config["world"]]
-    return dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]], clips=n, sigma=config["flow"]["sigma"],
-                data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
-
-
 def write_latents(config, rank=0, world=1):
-    """z (float16) and caption of every clip, and the features of frozen text encoders, in <run>/latents: files of SHARD clips, each of one rank.
+    """z (float16) and caption of every clip, and the features of frozen text encoders, in <run>/latents: CLIPS_PER_FILE in a file, each of one rank.
 
     A file stands under its name when it is whole; those are kept when the command runs again. ValueError for a folder of another TAE, data or size.
     """
@@ -747,7 +757,7 @@ def write_latents(config, rank=0, world=1):
     clips = open_data(config, "train", device)
     n, folder = len(clips) if config["data"]["root"] else config["data"]["cache"], run / "latents"
     if n == 0:
-        raise ValueError("data.cache=0: found an endless world, expected the number of clips to encode, data.cache=10000")
+        raise ValueError(f"{run} was made with data.cache=0: found an endless world, expected a number of clips to encode: make a run with data.cache=10000")
     index, own = folder / "index.json", identity(config, tae, clips, n)
     if index.exists() and (found := json.loads(index.read_text())) != own:
         key = next(key for key in own if found.get(key) != own[key])
@@ -756,18 +766,19 @@ def write_latents(config, rank=0, world=1):
     temporary = index.with_suffix(f".{rank}.tmp")
     temporary.write_text(json.dumps(own, indent=1))
     os.replace(temporary, index)
-    todo = [k for k in range(rank, -(-n // SHARD), world) if not (folder / f"{k:05d}.pt").exists()]
-    for k in tqdm(todo, desc=f"encoding {n}", unit_scale=SHARD, unit="clip", disable=rank > 0, dynamic_ncols=True):
+    todo = [k for k in range(rank, math.ceil(n / CLIPS_PER_FILE), world) if not (folder / f"{k:05d}.pt").exists()]
+    for k in tqdm(todo, desc=f"encoding {n} clips", unit="file", disable=rank > 0, dynamic_ncols=True):
         z, captions, features, masks = [], [], [], []
-        for i in range(k * SHARD, min((k + 1) * SHARD, n), 16):
-            got = clips.batch(range(i, min(i + 16, (k + 1) * SHARD, n)), device)
+        for chunk in in_chunks(k * CLIPS_PER_FILE, min((k + 1) * CLIPS_PER_FILE, n), config):
+            got = clips.batch(chunk, device)
             z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
             captions += got["caption"]
-            if text:
-                for store, tensors in zip((features, masks), text(got["caption"])):
-                    store.append([x.cpu() for x in tensors])
-        columns = lambda rows: [torch.cat(column) for column in zip(*rows)]
+            for store, tensors in zip((features, masks), text(got["caption"]) if text else ()):
+                store.append([x.cpu() for x in tensors])
+        columns = lambda rows: [torch.cat(column) for column in zip(*rows)]     # chunks of encoders -> encoders
         save(folder / f"{k:05d}.pt", dict(z=torch.cat(z), caption=captions, features=[f.half() for f in columns(features)], masks=columns(masks)))
+    if rank == 0:
+        print(f"{folder}: {n} clips" + (f", as soon as the other {world - 1} ranks are done" if world > 1 else ""))
 
 
 def main(argv=None):

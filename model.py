@@ -25,12 +25,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The first weights. A large net is built without memory (device meta), sharded over the GPUs, and only then filled: tensor by tensor,
-# so that it is nowhere whole.
+# The first weights. A large net is built without memory (device meta), sharded over the GPUs, and only then filled, tensor by tensor:
+# no GPU ever holds more of it whole than one tensor.
 
 @torch.no_grad()
 def put_whole(w, whole):
-    """Copy the tensor `whole`, the same on every rank, into w, which may be sharded (a DTensor): each rank keeps its part."""
+    """Copy a tensor into w, which may be sharded (a DTensor): then rank 0's is dealt out."""
     if hasattr(w, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor                  # half a second of imports that sample.py can do without
         whole = distribute_tensor(whole.to(w.device), w.device_mesh, w.placements)
@@ -38,7 +38,7 @@ def put_whole(w, whole):
 
 
 def normal_(w, std=1.0):
-    """Draw w ~ N(0, std²) from the global generator; the ranks, seeded alike, draw all of it and keep their parts."""
+    """Draw w ~ N(0, std²) from the global generator: the same numbers sharded or not."""
     put_whole(w, torch.empty(w.shape, device=w.device).normal_(std=std))
 
 
@@ -157,12 +157,17 @@ class RandomText(nn.Module):
 # DiT, Eq. 4.
 
 aten = torch.ops.aten
+# What scaled_dot_product_attention may run, by device; not its fallback (MATH, train.py's choice on CPUs in bf16), which has no single output to keep.
 ATTENTION = [aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
              aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
 
 
 class Block(nn.Module):
-    """Self-attention over all video tokens, cross-attention to the text, feed-forward; gates start at zero (App. C)."""
+    """Self-attention over all video tokens, cross-attention to the text, feed-forward; gates start at zero (App. C).
+
+    block(x (B, N, D), c (B, 6, D) the modulation, text (B, L, D), mask (B, L)) -> (B, N, D). checkpointing, of activations for the backward pass: "none"
+    keeps them all; "full" the block's inputs alone, and computes the rest again; "attention" also the attention outputs: most FLOPs saved per byte.
+    """
 
     def __init__(self, dim, heads, hidden, checkpointing="none"):
         super().__init__()
@@ -171,13 +176,11 @@ class Block(nn.Module):
         self.attn, self.cross, self.ffn = Attention(dim, heads), Attention(dim, heads), SwiGLU(dim, hidden)
         self.table = nn.Parameter(torch.zeros(6, dim))                          # this block's own part of the modulation
 
-    def forward(self, *inputs):
-        """`compute`, with activation checkpointing: "none" keeps all that the backward pass needs, "full" the inputs alone and computes the
-        rest again, "attention" the attention outputs as well: they cost most to compute again and least to keep."""
+    def forward(self, x, c, text, mask):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.compute(*inputs)
-        keep = {"context_fn": functools.partial(create_selective_checkpoint_contexts, ATTENTION)} if self.checkpointing == "attention" else {}
-        return checkpoint(self.compute, *inputs, use_reentrant=False, **keep)
+            return self.compute(x, c, text, mask)
+        policy = {"context_fn": functools.partial(create_selective_checkpoint_contexts, ATTENTION)} if self.checkpointing == "attention" else {}
+        return checkpoint(self.compute, x, c, text, mask, use_reentrant=False, **policy)
 
     def compute(self, x, c, text, mask):
         scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)

@@ -843,6 +843,7 @@ def speed(a):
     if config["precision"] == "auto":
         config["precision"] = train.fastest_precision(device)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                              # as train.py
     fastest, which = peak_flops(config, device)
     took, bytes_, parts = time_training(config, device, a.seed, a.steps)

@@ -12,8 +12,11 @@ Letters: x appearance latent, d motion latent, both (B, C, T, H, W); z = [x, d] 
 u prediction, v its target, the velocity; keep (B,) True where motion was not dropped.
 """
 import contextlib
+import datetime
 import functools
+import gc
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -149,7 +152,8 @@ def build_sharded(config, device, motion=False):
     """
     with torch.device("meta"):                                                  # sizes without memory; filled below tensor by tensor
         parts = dict(text=nets.build_text(config), dit=nets.build_dit(config, motion))
-    if config["compile"] == "always" or config["compile"] == "auto" and device.type == "cuda":
+    able = device.type == "cuda" and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
+    if config["compile"] == "always" or config["compile"] == "auto" and able:
         for block in parts["dit"].blocks:                                       # compiled once for all blocks, as they are alike
             block.compile()
     if WORLD > 1:
@@ -176,10 +180,11 @@ def prepare(config, parts, lr):
     params = dict(net.named_parameters())
     device = next(iter(params.values())).device
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
+    where = device if optimizer.defaults["fused"] else "cpu"
     for p in params.values():                                                   # DCP loads in place, and AdamW has no state before its first step: made here
-        optimizer.state[p] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    weights = net.state_dict()                                                  # the live tensors: what `swap` writes, the net uses
-    ema = {name: w.clone() for name, w in weights.items()}
+        optimizer.state[p] = dict(step=torch.zeros((), device=where), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    weights = {**params, **dict(net.named_buffers())}                           # the live tensors; those of state_dict() FSDP may leave behind
+    ema = {name: w.detach().clone() for name, w in weights.items()}
     moments = {key: {name: optimizer.state[p][key] for name, p in params.items()} for key in ("exp_avg", "exp_avg_sq")}
     return types.SimpleNamespace(net=net, params=params, optimizer=optimizer, weights=weights, ema=ema, device=device, tensors=dict(net=weights, ema=ema, **moments))
 
@@ -221,6 +226,7 @@ def gradient(config, state, loss_of, step, micro, batch, sigterm=()):
     return dict(zip(logs, sums.tolist())), by_t, full(norm).item()
 
 
+@torch.no_grad()
 def update(config, state, step, lr):
     """AdamW, then the average of the weights (EMA)."""
     for group in state.optimizer.param_groups:
@@ -276,8 +282,8 @@ def save_state(folder, state, step, parent, keep):
     if RANK == 0:
         shutil.rmtree(path, ignore_errors=True)                                 # a torn one, else this step would not be taken again
         os.replace(temporary, path)
-        for old in checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+        for old in [old for old in checkpoints(folder) if int(old.name[5:]) <= step][keep:]:     # a torn one of a later step is not one of the k
+            shutil.rmtree(old, ignore_errors=True)
     barrier()
 
 
@@ -286,8 +292,10 @@ def load_state(folder, state, parent):
 
     ValueError for one of another parent or architecture, and where there are checkpoints and none can be read.
     """
-    torn = []
-    for path in checkpoints(folder):
+    torn, paths = [], [checkpoints(folder)]
+    if WORLD > 1:
+        dist.broadcast_object_list(paths)                                       # all try what rank 0 sees
+    for path in paths[0]:
         try:
             about = json.loads((path / "state.json").read_text())
             found = {name: tuple(w.size) for name, w in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
@@ -342,7 +350,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
     if RANK == 0:
         forget_lines(run / "log.jsonl", stage, step)
         for old in folder.glob("*.tmp"):                                        # saves that were killed
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     micro = micro_batches(config, batch)
     print0(f"{stage}: {count(state.net) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x {len(micro)} micro-batches x {len(micro[0])} clips")
     totals, totals_by_t, interval_start, interval_step, stop = {}, {}, time.time(), step, False
@@ -377,14 +385,16 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
                 look(state.net.eval(), step)
                 state.net.train()
                 swap(state)
-    if stop:
+    late = torch.tensor(float(len(came)), device=state.device)                  # SIGTERM in the last step, after it was asked for
+    sum_over_ranks([late])
+    if stop or late > 0:
         raise Stopped(f"{stage}: SIGTERM at step {step} of {steps}, saved in {folder}; the same command goes on")
     swap(state)
     weights = {}
     for name, w in state.weights.items():
         w = full(w)                                                             # one at a time, and rank 0 alone keeps them, in its RAM
         if RANK == 0:
-            weights[name] = w.cpu()
+            weights[name] = w.detach().cpu()
     return state.net.eval().requires_grad_(False), weights
 
 
@@ -502,8 +512,8 @@ def measure_statistics(tae, clips, config, device, count=256):
     """Mean and standard deviation per channel of either stream's latents, over `count` training clips: (2, 2, C)."""
     n = len(clips) if config["data"]["root"] else count
     streams = ([], [])
-    for i in range(0, min(n, count), 16):
-        got = clips.batch(range(i, min(i + 16, n, count)), device)
+    for chunk in data.in_chunks(0, min(n, count), config):
+        got = clips.batch(chunk, device)
         for stream, video in zip(streams, (got["video"], flow.flow_to_rgb(got["flow"], config["flow"]["sigma"]))):
             stream.append(torch.cat([tae.moments(v)[0] for v in video.split(tae.tile, dim=2)], dim=2).cpu())
     return torch.stack([torch.stack([z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)).clamp(min=1e-6)]) for z in map(torch.cat, streams)])
@@ -588,14 +598,14 @@ def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def kept_bytes(N, L, D, hidden, itemsize, mode):
-    """What autograd keeps of one block for one clip: N video and L text tokens of width D, products of `itemsize` bytes (2: bf16, 4: fp32), the rest fp32.
+def kept_bytes(N, L, D, hidden, itemsize, stream, mode):
+    """What autograd keeps of one block for one clip: N video and L text tokens of width D; bytes per number of its products and of its input (the residual stream).
 
-    Of N D numbers each: fp32 9 (residual stream, norms, modulated inputs), products 10 (q, k, v, outputs of attentions and projections), and 4 N hidden in
-    SwiGLU; counted with the flash kernel, so without scores, and without compile, which keeps less. tests/test_scale.py compares with autograd's own count.
+    Of N D numbers each: 9 of the residual stream, norms and modulated inputs, in fp32, and 10 of products (q, k, v, outputs of attentions and projections);
+    4 N hidden in SwiGLU. Counted with the flash kernel, so without scores, and without compile, which keeps less: tests/test_scale.py compares with autograd.
     """
     everything = N * D * (9 * 4 + 10 * itemsize) + 4 * itemsize * N * hidden + 3 * itemsize * L * D
-    return {"none": everything, "attention": N * D * (4 + 2 * itemsize), "full": N * D * 4}[mode]
+    return {"none": everything, "attention": N * D * (stream + 2 * itemsize), "full": N * D * stream}[mode]
 
 
 def plan_memory(config):
@@ -607,7 +617,7 @@ def plan_memory(config):
     block, parameters = count(dit.blocks[0]), count(text, dit)
     clips = math.ceil(config["batch"] / gpus)
     clips = min(config["micro_batch"] or clips, clips)
-    sizes = T * H * W // dit.patch ** 2, config["text"]["length"] * len(dit.text_in), config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, itemsize
+    sizes = T * H * W // dit.patch ** 2, config["text"]["length"] * len(dit.text_in), config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, itemsize, itemsize if gpus > 1 else 4
     kept = len(dit.blocks) * kept_bytes(*sizes, mode) + (mode != "none") * kept_bytes(*sizes, "none")       # and of the block that is being computed again
     memory = {"weights": 4 * parameters / gpus, "gradients": 4 * parameters / gpus, "AdamW": 8 * parameters / gpus, "EMA": 4 * parameters / gpus, "activations": clips * kept}
     if gpus > 1:            # all-gathered: what is outside the blocks, this block and the next; and this block's gradient before it is reduce-scattered
@@ -682,6 +692,8 @@ def prepare_run(config, device):
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=1))
         os.replace(path.with_suffix(".tmp"), path)
     barrier()
+    if not path.exists() or json.loads(path.read_text()) != config:
+        raise ValueError(f"rank {RANK} does not see the {path} that rank 0 wrote: expected a run folder on a disk that all machines share")
     return clips
 
 
@@ -716,13 +728,15 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if WORLD > 1:
-        dist.init_process_group(**dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo"))
+        patience = datetime.timedelta(hours=1)                                  # all wait while rank 0 writes 117 GB of 30b's weights
+        dist.init_process_group(**dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo"), timeout=patience)
     start = time.time()
     clips, latents = prepare_run(config, device), None
     for stage in stages:
         if done(config, stage):
             print0(f"{stage}: already in {config['run']}, skipped")
             continue
+        gc.collect()                                                            # hooks keep a finished stage's net in cycles
         torch.manual_seed(config["seed"])                                       # the initial weights, the only use of the global generator
         if stage == "tae":
             train_tae(config, clips, device)
@@ -732,11 +746,11 @@ def main(argv=None):
             tae = nets.load_into(nets.build_tae(config), nets.read_weights(tae_path)["weights"], tae_path)
             latents = data.Latents(config, tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), clips, device, bar=RANK == 0)
         train_dit(config, stage, latents, device)
+    print0(f"trained in {(time.time() - start) / 60:.1f} minutes")
+    close_process_group()                                                       # nobody waits for rank 0's report
     if RANK == 0:
-        print0(f"trained in {(time.time() - start) / 60:.1f} minutes")
         finale(config, stages)
         print0(f"all in {(time.time() - start) / 60:.1f} minutes")
-    close_process_group()
 
 
 def finale(config, stages):

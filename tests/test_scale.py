@@ -22,7 +22,8 @@ import probe
 import train
 from conftest import TINY, finished, free_port, ranks, read_state, start, states
 
-TEN = ["stages=base,videojam", "base.steps=10", "videojam.steps=10", "save_every=5", "keep_states=9"]
+# 12 frames are 3 latent ones: two ranks share their positions, (3, 1, 1, D), unevenly
+TEN = ["frames=12", "stages=base,videojam", "base.steps=10", "videojam.steps=10", "save_every=5", "keep_states=9"]
 KILLED = ["stages=base", "base.steps=40", "save_every=1", "log_every=5"]
 
 
@@ -99,16 +100,18 @@ def test_two_ranks_share_the_state(together):
 
 @pytest.fixture(scope="module")
 def pair(trained, alone, tmp_path_factory):
-    """Four runs of two ranks, one after the other in the same two processes: {name: run folder}, and what either printed. In the last, SIGTERM reaches rank 1
+    """Five runs of two ranks, one after the other in the same two processes: {name: run folder}, and what either printed. In the last, SIGTERM reaches rank 1
     alone, in its sixth step."""
     root = tmp_path_factory.mktemp("pair")
-    runs = {name: folder(trained, root / name, *stages) for name, stages in (("accumulation", ["tae"]), ("bf16", []), ("resumed", ["tae"]), ("told", ["tae"]))}
+    runs = {name: folder(trained, root / name, *stages) for name, stages in (("accumulation", ["tae"]), ("bf16", []), ("resumed", ["tae"]), ("compiled", ["tae"]), ("told", ["tae"]))}
     shutil.copytree(alone / "base.state" / "step-5", runs["resumed"] / "base.state" / "step-5")
-    in_bf16 = [text for text in TINY if not text.startswith("precision")] + ["precision=bf16", "stages=tae,base", "base.steps=5"]
+    in_bf16 = [text for text in TINY if not text.startswith("precision")] + ["precision=bf16", "stages=tae,base"]
     settings = {"accumulation": [*TINY, *TEN, "micro_batch=1", "checkpointing=attention"], "bf16": in_bf16, "resumed": [*TINY, *TEN, "stages=base"],
+                "compiled": [*TINY, *TEN, "stages=base", "compile=always", "checkpointing=attention"],
                 "told": [*TINY, *KILLED, "save_every=1000"]}
     driver = root / "driver.py"
-    driver.write_text("import json, os, signal, sys, train\nreal, name = train.dit_loss, None\n"
+    driver.write_text("import json, os, signal, sys, torch, train\nreal, name = train.dit_loss, None\n"
+                      "train.nets.Block.compile = lambda self: torch.nn.Module.compile(self, backend='eager')\n"       # dynamo's part of it, without a C compiler
                       "def told(*args):\n    loss_of = real(*args)\n    def spy(step, rows):\n"
                       "        if name == 'told' and train.RANK == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
                       "        return loss_of(step, rows)\n    return spy\ntrain.dit_loss, train.finale, look = told, lambda *args: None, train.write_samples\n"
@@ -129,16 +132,21 @@ def test_two_ranks_with_accumulation(alone, pair):
         assert distance(weights(runs["accumulation"], stage), weights(alone, stage)) <= 1e-5
 
 
-def test_two_ranks_in_bf16(trained, alone, pair):
+def test_two_ranks_in_bf16(trained, pair):
     """bf16 computes, fp32 keeps: the state on disk is fp32 with more digits than bf16 has; the losses of the TAE (whole on both ranks) and of the base are those
     of one process in fp32 within 3 % (bf16 rounds to 0.4 %), and different."""
     run = pair[0]["bf16"]
-    net = read_state(run, "base", 5)["net"]
+    net = read_state(run, "base", 2)["net"]
     assert all(w.dtype == torch.float32 for w in net.values())
     assert any((w.bfloat16().float() != w).any() for w in net.values())
     losses = lambda run, stage: [line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if line["stage"] == stage]
-    for stage, reference in (("tae", losses(trained[0], "tae")), ("base", losses(alone, "base")[:5])):
-        assert losses(run, stage) == pytest.approx(reference, rel=0.03) and losses(run, stage) != reference
+    for stage in ("tae", "base"):
+        assert losses(run, stage) == pytest.approx(losses(trained[0], stage), rel=0.03) and losses(run, stage) != losses(trained[0], stage)
+
+
+def test_two_ranks_with_compiled_blocks(alone, pair):
+    """torch.compile of each block, under FSDP, with activation checkpointing: the same weights within 1e-5."""
+    assert distance(weights(pair[0]["compiled"], "base"), weights(alone, "base")) <= 1e-5
 
 
 def test_two_ranks_resume_what_one_left(alone, pair):
@@ -198,8 +206,8 @@ def test_more_ranks_than_clips(monkeypatch, tmp_path):
 
 
 def test_checkpointing_changes_nothing():
-    """Activation checkpointing computes again what it did not keep: gradients equal to the last bit, with less kept, in the order full < attention < none.
-    Reference: the net that keeps everything; what is kept is counted by autograd's hooks (attention's own cache is not seen by them)."""
+    """Activation checkpointing computes again what it did not keep: gradients equal to the last bit, with less than half kept.
+    Reference: the net that keeps everything; what is kept is counted by autograd's hooks (which do not see what "attention" keeps beside the inputs)."""
     grads, kept = {}, {}
     for mode in ("none", "attention", "full"):
         torch.manual_seed(0)
@@ -236,21 +244,16 @@ def test_attention_outputs_are_kept(monkeypatch):
 
 
 def test_meta_device_and_plain_construction_agree():
-    """A net built on the meta device and filled afterwards is the one built in memory: same init, same order of draws. Reference: ranges per tensor;
-    the two differ only in numbers, as torch's own constructors draw too. And twice with one seed is the same net."""
+    """A net built on the meta device and filled afterwards is the one built in memory and initialised with the same seed, to the last bit. Reference: that one."""
     config = nets.load_config([*TINY, "compile=never"])
-    torch.manual_seed(0)
     plain = torch.nn.ModuleDict(dict(text=nets.build_text(config), dit=nets.build_dit(config, True)))
-    both = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        both.append(torch.nn.ModuleDict(train.build_sharded(config, torch.device("cpu"), motion=True)))
-    assert_equal(both[0].state_dict(), both[1].state_dict())
-    assert plain.state_dict().keys() == both[0].state_dict().keys()
-    for name, w in plain.state_dict().items():
-        other = both[0].state_dict()[name]
-        assert w.shape == other.shape and w.std(correction=0).item() == pytest.approx(other.std(correction=0).item(), rel=0.3, abs=1e-7), name
-        assert w.mean().item() == pytest.approx(other.mean().item(), abs=0.2), name
+    torch.manual_seed(0)
+    for part in plain.values():
+        for p in part.parameters():
+            torch.nn.init.constant_(p, 7)                                       # what init leaves out would be seen
+        part.init()
+    torch.manual_seed(0)
+    assert_equal(plain.state_dict(), torch.nn.ModuleDict(train.build_sharded(config, torch.device("cpu"), motion=True)).state_dict())
 
 
 # ---- Checkpoints that survive ---------------------------------------------------------------------------------------
@@ -397,7 +400,7 @@ def test_sigterm_saves_and_leaves(trained, straight, quiet, tmp_path):
     run = folder(trained, tmp_path / "run", "tae")
     wanted = [*TINY, *KILLED, f"run={run}", "save_every=1000"]
     process = start(*wanted)
-    while not (run / "log.jsonl").exists():                                     # the first five steps are done
+    while not (run / "log.jsonl").exists() and process.poll() is None:          # until the first five steps are done
         time.sleep(0.01)
     process.terminate()
     status, out, err = finished(process)
@@ -413,7 +416,7 @@ def test_sigterm_saves_and_leaves(trained, straight, quiet, tmp_path):
 @pytest.fixture
 def cached(trained, tmp_path, monkeypatch):
     """A function that writes the latents of 8 clips in files of 3, by one or two ranks, for a run with the trained TAE."""
-    monkeypatch.setattr(data, "SHARD", 3)
+    monkeypatch.setattr(data, "CLIPS_PER_FILE", 3)
 
     def make(name, ranks=1, *overrides):
         run = folder(trained, tmp_path / name, "tae")
@@ -534,22 +537,24 @@ def saved_bytes(call, net):
     return sum(x.untyped_storage().nbytes() for where, x in seen.items() if where not in own), out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "sharded"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_the_plan_of_the_activations(precision, mode):
-    """train.kept_bytes against autograd's own: within 6 % of the bytes it keeps of a block, the text's included. Autocast's copies of weights are not activations."""
+    """train.kept_bytes against autograd's own: within 8 % of the bytes it keeps of a block, the text's included. Autocast's copies of weights are not activations."""
     N, L, D, hidden = 512, 96, 256, 704
     torch.manual_seed(0)
     block = nets.Block(D, 4, hidden, mode)
-    inputs = [torch.randn(shape, requires_grad=True) * 1 for shape in ((1, N, D), (1, 6, D), (1, L, D))]
+    dtype = torch.bfloat16 if precision == "sharded" else torch.float32        # FSDP gathers bf16 weights, and all that comes of them is bf16
+    block.to(dtype)
+    inputs = [torch.randn(shape, requires_grad=True, dtype=dtype) * 1 for shape in ((1, N, D), (1, 6, D), (1, L, D))]
     weights = sum(w.numel() for name, w in block.named_parameters() if w.dim() == 2 and name != "table")
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
         kept, _ = saved_bytes(lambda: block(*inputs, torch.ones(1, L, dtype=torch.bool)), block)
     if mode == "none":
         kept -= 2 * weights * (precision == "bf16")
     else:
-        kept -= 4 * (6 * D + L * D)                                             # c and text, which all blocks share
-    assert train.kept_bytes(N, L, D, hidden, 2 if precision == "bf16" else 4, mode) == pytest.approx(kept, rel=0.06)
+        kept -= dtype.itemsize * (6 * D + L * D)                                # c and text, which all blocks share
+    assert train.kept_bytes(N, L, D, hidden, 4 if precision == "fp32" else 2, dtype.itemsize, mode) == pytest.approx(kept, rel=0.08)
 
 
 @pytest.mark.parametrize("preset, billions, gpus", [("4b", 4.92, 32), ("30b", 29.3, 256)])
