@@ -292,7 +292,7 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
     objects = [see(video, o["color"]) for o in words["objects"][:1 + (words["motion"] in data.PAIRED)]]
     seen = objects[0]
     row["found"] = seen.found.float().mean().item()
-    rest = {color: see(video, color).area.sum() for color in data.COLORS if color == named["color"] or color not in others}
+    rest = {color: data.track(video, color)[0].sum() for color in data.COLORS if color == named["color"] or color not in others}
     row["colour"] = float(rest[named["color"]] > 0 and max(rest, key=rest.get) == named["color"])
     if seen.found.sum() < max(3, len(seen.found) / 2):
         return row

@@ -313,13 +313,15 @@ def test_tables_compare_prompt_by_prompt():
 
 
 @pytest.mark.parametrize("experiment, file, clips", [("permute", "permute.csv", 40), ("ablate", "ablate-clips.csv", 34)])
-def test_two_ranks_find_what_one_process_finds(run, experiment, file, clips):
-    """The clips are split over the ranks, those of torchrun for permute. Reference: the same command in one process."""
-    if experiment == "ablate":                                                  # VideoJAM's variants suffice
-        (run / "base.pt").unlink(), (run / "control.pt").unlink()
-    command = [experiment, "--run", str(run), "--clips", str(clips)]
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "probe.py", *command]
-    status, _, err = finished(start(*launch, script="-m")) if experiment == "permute" else finished(*ranks(2, *command, script="probe.py"))
+def test_two_ranks_find_what_one_process_finds(run, tmp_path, monkeypatch, experiment, file, clips):
+    """The clips are split over the ranks, those of torchrun for permute; of ablate's variants two suffice. Reference: the same command in one process."""
+    command, two = [experiment, "--run", str(run), "--clips", str(clips)], {name: probe.VARIANTS[name] for name in ("base", "VideoJAM")}
+    if experiment == "permute":
+        status, _, err = finished(start("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "probe.py", *command, script="-m"))
+    else:
+        (tmp_path / "driver.py").write_text(f"import probe, sys\nprobe.VARIANTS = {two!r}\nprobe.main(sys.argv[1:])\n")
+        monkeypatch.setattr(probe, "VARIANTS", two)
+        status, _, err = finished(*ranks(2, *command, script=tmp_path / "driver.py"))
     assert status == 0, err[-2000:]
     two = rows_of(run / "probe" / file)
     shutil.rmtree(run / "probe")

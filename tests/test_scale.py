@@ -298,24 +298,49 @@ def test_random_kills(trained, straight, quiet, tmp_path, capsys):
     assert states(run, "base") == ["step-39", "step-40"]                        # the last k = 2, and no half-written one
 
 
-def test_killed_while_saving(trained, straight, quiet, tmp_path):
-    """SIGKILL while the third checkpoint is half written, and when it is written but not yet renamed: the second is resumed, bit for bit. The children
-    kill themselves at that very place; the first cuts off half of the file that it had written."""
+@pytest.fixture(scope="module")
+def children(trained, tmp_path_factory):
+    """Three processes of train.py, started together: {name: process}, {name: run folder}. "save" and "replace" kill themselves while the third checkpoint is half
+    written, and when it is written but not yet renamed; "sigterm" goes on, without checkpoints, until it is told."""
+    root = tmp_path_factory.mktemp("children")
+    runs = {name: folder(trained, root / name, "tae") for name in ("save", "replace", "sigterm")}
     half = "p = next(__import__('pathlib').Path(k['checkpoint_id']).glob('*.distcp')); os.truncate(p, p.stat().st_size // 2); (p.parent / '.metadata').unlink()"
-    runs, children = {}, {}
-    for holder, name, harm in (("dcp", "save", half), ("os", "replace", "pass")):
-        runs[name] = folder(trained, tmp_path / name, "tae")
-        code = (f"import os, signal, sys, train, torch.distributed.checkpoint as dcp\nreal = {holder}.{name}\n"
-                f"def die(*a, **k):\n    last = 'step-3.tmp' in str(k.get('checkpoint_id', a[0]))\n    if not last or '{name}' == 'save': real(*a, **k)\n    if last:\n"
-                f"        {harm}\n        os.kill(os.getpid(), signal.SIGKILL)\n{holder}.{name} = die\ntrain.main(sys.argv[1:])")
-        children[name] = start(code, *TINY, *KILLED, f"run={runs[name]}", script="-c")
-    for name, run in runs.items():
-        status, _, err = finished(children[name])
-        assert status == -signal.SIGKILL, err
-        assert states(run, "base") == ["step-1", "step-2", "step-3.tmp"]
-        train.main([*TINY, *KILLED, f"run={run}"])
-        assert_equal(read_state(run, "base", 40)["net"], read_state(straight, "base", 40)["net"])
-        assert_equal(weights(run, "base"), weights(straight, "base"))
+    code = lambda holder, name, harm: (
+        f"import os, signal, sys, train, torch.distributed.checkpoint as dcp\nreal = {holder}.{name}\n"
+        f"def die(*a, **k):\n    last = 'step-3.tmp' in str(k.get('checkpoint_id', a[0]))\n    if not last or '{name}' == 'save': real(*a, **k)\n    if last:\n"
+        f"        {harm}\n        os.kill(os.getpid(), signal.SIGKILL)\n{holder}.{name} = die\ntrain.main(sys.argv[1:])")
+    started = {"sigterm": start(*TINY, *KILLED, f"run={runs['sigterm']}", "save_every=1000")}
+    started["save"] = start(code("dcp", "save", half), *TINY, *KILLED, f"run={runs['save']}", script="-c")
+    started["replace"] = start(code("os", "replace", "pass"), *TINY, *KILLED, f"run={runs['replace']}", script="-c")
+    while not (runs["sigterm"] / "log.jsonl").exists() and started["sigterm"].poll() is None:   # until the first five steps are done
+        time.sleep(0.01)
+    started["sigterm"].terminate()
+    return started, runs
+
+
+@pytest.mark.parametrize("name", ["save", "replace"])
+def test_killed_while_saving(children, straight, quiet, name):
+    """SIGKILL in the middle of a save: the checkpoint before it is resumed, and the end is bit for bit that of the run that was not killed."""
+    started, runs = children
+    run = runs[name]
+    status, _, err = finished(started[name])
+    assert status == -signal.SIGKILL, err
+    assert states(run, "base") == ["step-1", "step-2", "step-3.tmp"]
+    train.main([*TINY, *KILLED, f"run={run}"])
+    assert_equal(read_state(run, "base", 40)["net"], read_state(straight, "base", 40)["net"])
+    assert_equal(weights(run, "base"), weights(straight, "base"))
+
+
+def test_sigterm_saves_and_leaves(children, straight, quiet):
+    """SIGTERM: the step in hand is finished and saved, exit status 143, and the same command goes on, bit for bit."""
+    started, runs = children
+    run = runs["sigterm"]
+    status, out, err = finished(started["sigterm"])
+    saved = states(run, "base")
+    assert status == 143 and len(saved) == 1 and f"base: SIGTERM at step {saved[0][5:]} of 40" in out, (out, err)
+    assert not (run / "base.pt").exists() and 5 <= int(saved[0][5:]) < 40
+    train.main([*TINY, *KILLED, f"run={run}", "save_every=1000"])
+    assert_equal(weights(run, "base"), weights(straight, "base"))
 
 
 @pytest.mark.parametrize("harm", ["truncated", "emptied", "no metadata", "no state.json", "a file is gone"])
@@ -392,22 +417,6 @@ def test_a_full_disk(trained, straight, quiet, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(run.glob("base.pt*"))
     train.main([*TINY, *KILLED, f"run={run}"])
-    assert_equal(weights(run, "base"), weights(straight, "base"))
-
-
-def test_sigterm_saves_and_leaves(trained, straight, quiet, tmp_path):
-    """SIGTERM: the step in hand is finished and saved, exit status 143, and the same command goes on, bit for bit."""
-    run = folder(trained, tmp_path / "run", "tae")
-    wanted = [*TINY, *KILLED, f"run={run}", "save_every=1000"]
-    process = start(*wanted)
-    while not (run / "log.jsonl").exists() and process.poll() is None:          # until the first five steps are done
-        time.sleep(0.01)
-    process.terminate()
-    status, out, err = finished(process)
-    saved = states(run, "base")
-    assert status == 143 and len(saved) == 1 and f"base: SIGTERM at step {saved[0][5:]} of 40" in out, (out, err)
-    assert not (run / "base.pt").exists() and 5 <= int(saved[0][5:]) < 40
-    train.main(wanted)
     assert_equal(weights(run, "base"), weights(straight, "base"))
 
 
