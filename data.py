@@ -733,15 +733,18 @@ def identity(config, tae, clips, n):
 
 
 def run_config(config, argv):
-    """The config of the run folder; ValueError where the command line wants another."""
-    path = Path(config["run"], "config.json")
-    if not path.exists():
-        raise ValueError(f"{path.parent} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
-    old, wanted = flatten(json.loads(path.read_text())), flatten(config)
+    """The run folder's own config (the command line's, where only a tae.pt was put there); ValueError where the command line wants other clips."""
+    run = Path(config["run"])
+    if not (run / "config.json").exists() and not (run / "tae.pt").exists():
+        raise ValueError(f"{run} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
+    if not (run / "config.json").exists():
+        return config
+    stored = json.loads((run / "config.json").read_text())
+    old, wanted = flatten(stored), flatten(config)
     for key in (text.partition("=")[0].strip() for text in argv):
-        if key not in ("run", "device") and old.get(key) != wanted[key]:
-            raise ValueError(f"{path.parent} was made with {key}={old.get(key)!r}, found {key}={wanted[key]!r}: give the old value, or another run=folder")
-    return {**json.loads(path.read_text()), "run": config["run"], "device": config["device"]}
+        if key.split(".")[0] in ("seed", "frames", "height", "width", "fps", "data", "world", "flow", "text") and old.get(key) != wanted[key]:
+            raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={wanted[key]!r}: give the old value, or another run=folder")
+    return {**stored, "run": config["run"], "device": config["device"]}
 
 
 def write_latents(config, rank=0, world=1):

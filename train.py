@@ -2,14 +2,14 @@
 
     python train.py                                          # ten minutes on a laptop: everything, then samples and a report
     python train.py preset=small                             # one GPU
-    torchrun --nproc_per_node=8 train.py preset=4b           # the same global batch, split; weights and optimizer sharded (FSDP2)
+    torchrun --nproc_per_node=8 train.py preset=small        # the same global batch, split; weights and optimizer sharded (FSDP2)
     python train.py preset=30b plan=true                     # parameters, memory and time, before the bill
     python train.py data.root=videos flow.weights=raft_small.pth run=runs/mine
 
 Stages run in order and leave one weights file each in the run folder; finished ones are skipped, interrupted ones resumed.
 
 Letters: x appearance latent, d motion latent, both (B, C, T, H, W); z = [x, d] (B, 2C, T, H, W); 0 noise, 1 data; t (B,) in [0, 1];
-u prediction, v its target, the velocity; keep (B,) True where motion was not dropped.
+u prediction, v its target, the velocity; keep (B,) True where motion was not dropped; N video and L text tokens of width D.
 """
 import contextlib
 import datetime

@@ -530,6 +530,10 @@ def test_the_command_that_caches(trained, tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             data.main(args)
         assert "\n" not in str(error.value)
+    data.main([f"run={run}", "save_every=7"])                                   # what does not matter may differ
+    bare = folder(trained, tmp_path / "bare", "tae")                            # a TAE from elsewhere: the command line says which clips
+    data.main([*TINY, f"run={bare}"])
+    assert torch.equal(*(torch.load(r / "latents" / "00000.pt")["z"] for r in (run, bare)))
 
 
 # ---- The plan and the speed -----------------------------------------------------------------------------------------
