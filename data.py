@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flow import estimate_flow, flow_to_rgb, load_raft
-from model import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_weights, save
+from model import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_config, read_weights, save
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary
@@ -739,7 +739,7 @@ def run_config(config, argv):
         raise ValueError(f"{run} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
     if not (run / "config.json").exists():
         return config
-    stored = json.loads((run / "config.json").read_text())
+    stored = read_config(run / "config.json")
     old, wanted = flatten(stored), flatten(config)
     for key in (text.partition("=")[0].strip() for text in argv):
         if key.split(".")[0] in ("seed", "frames", "height", "width", "fps", "data", "world", "flow", "text") and old.get(key) != wanted[key]:

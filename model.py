@@ -13,6 +13,7 @@ D width of the net, L text tokens, t flow-matching time in [0, 1] (0 noise, 1 da
 import difflib
 import functools
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -567,6 +568,16 @@ def load_config(overrides=()):
         put(config, key, value, "command line")
     config["run"] = config["run"] or f"runs/{preset}"
     check(config)
+    return config
+
+
+def read_config(path):
+    """A run folder's config.json as a nested dict; a key that came after the run was made has its preset's value, one that is gone is left out."""
+    stored = json.loads(pathlib.Path(path).read_text())
+    config = load_config([f"preset={stored['preset']}"])
+    for key, value in flatten(stored).items():
+        if key in flatten(config):
+            put(config, key, value, str(path))
     return config
 
 

@@ -348,7 +348,7 @@ def bootstrap(values, draws=1000):
 
 def command(run, stage):
     """The line that trains a stage of this run, with every setting in which the run differs from its preset."""
-    config = nets.flatten(json.loads((pathlib.Path(run) / "config.json").read_text()))
+    config = nets.flatten(nets.read_config(pathlib.Path(run) / "config.json"))
     usual = nets.flatten(nets.load_config([f"preset={config['preset']}"])) | dict(run="", precision=config["precision"], stages="", device=config["device"])
     config |= dict(run=str(run), stages=",".join(dict.fromkeys(("tae", "base", stage))))
     return shlex.join(["python", "train.py"] + [f"{key}={value}" for key, value in config.items() if key == "preset" or value != usual[key]])

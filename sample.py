@@ -69,7 +69,7 @@ def load_run(run, stage="videojam", device=""):
     run = pathlib.Path(run)
     if not (run / "config.json").exists():
         raise FileNotFoundError(f"{run} is no run folder (it has no config.json): train first, python train.py run={run}")
-    config, device = json.loads((run / "config.json").read_text()), nets.find_device(device)
+    config, device = nets.read_config(run / "config.json"), nets.find_device(device)
     motion = stage == "videojam"
     tae_file, dit_file = nets.read_weights(run / "tae.pt"), nets.read_weights(run / f"{stage}.pt")
     if dit_file.get("tae") != tae_file["checksum"]:

@@ -374,6 +374,18 @@ def test_weights_of_another_shape_are_refused(run):
     assert "\n" not in str(error.value)
 
 
+def test_a_run_of_an_older_version(trained, tmp_path):
+    """A config.json without the keys that came later, and with one that is gone, loads. Reference: the same run with its own config."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    config = json.loads((run / "config.json").read_text())
+    for key in ("checkpointing", "compile", "keep_states", "gpus"):
+        del config[key]
+    (run / "config.json").write_text(json.dumps({**config, "keep": 2}))
+    a, b = sample.load_run(run), sample.load_run(trained[0])
+    assert a.config == b.config and all(torch.equal(w, b.dit.state_dict()[name]) for name, w in a.dit.state_dict().items())
+
+
 def test_checksum_sees_names_and_values():
     """The checksum changes with the last bit of a value and with a name, not with the memory layout (shapes are load_into's). Reference: the change made."""
     w = {"a": rand(4, 6), "b": rand(3)}
