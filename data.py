@@ -721,7 +721,7 @@ class Latents:
         encoders = range(len(rows[0][0]["features"]))
         if not encoders:
             return z, captions, None
-        features, masks = ([torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks"))    # (B, L, D_text), (B, L)
+        features, masks = ([torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks"))
         return z, captions, (features, masks)
 
 

@@ -641,20 +641,21 @@ def build_dit(config, motion=False):
     return DiT(*latent_size(config), dit["dim"], dit["depth"], dit["heads"], hidden, text["frozen"] or [text["dim"]], dit["patch"], motion, config["checkpointing"])
 
 
-def flops(config, motion=False):
-    """FLOPs of one forward pass of the text encoder and the DiT for one clip; training takes three times as many.
+def flops(config, motion=False, length=None):
+    """FLOPs of one forward pass of the text encoder and the DiT for one clip; training takes three times as many. length: tokens of the text (the longest, text.length).
 
-    A multiply-add counts two, attention is counted whole, softmax, norms and gates not at all. With N video tokens, L text tokens (the longest
-    text), D the width and h SwiGLU's, a block has 2N (6 D² + 3 D h) in its products with video tokens, 2L 2 D² with text tokens, and 4 N (N + L) D in its two attentions.
+    A multiply-add counts two, attention whole, softmax, norms and gates not at all. With N video and L text tokens, D the width and h SwiGLU's, a block
+    has 2N (6 D² + 3 D h) in its products with video tokens, 2L 2 D² with text tokens, and 4 N (N + L) D in its two attentions.
     """
+    length = length or config["text"]["length"]
     with torch.device("meta"):
         dit = build_dit(config, motion)
     C, T, H, W = latent_size(config)
     p, D, h, depth = dit.patch, config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, len(dit.blocks)
-    N, L = T * H * W // p ** 2, config["text"]["length"] * len(dit.text_in)
+    N, L = T * H * W // p ** 2, length * len(dit.text_in)
     blocks = depth * (2 * N * (6 * D * D + 3 * D * h) + 2 * L * 2 * D * D + 4 * N * (N + L) * D)
     patches = 2 * N * D * 2 * C * p ** 2 * (2 if motion else 1)                 # W_in and W_out
-    around = 2 * sum(lin.in_features * D for lin in dit.text_in) * config["text"]["length"] + 2 * (256 * D + D * D + 6 * D * D)
+    around = 2 * sum(lin.in_features * D for lin in dit.text_in) * length + 2 * (256 * D + D * D + 6 * D * D)
     own, d = 0, config["text"]["dim"]
     if not config["text"]["frozen"]:
         own = config["text"]["depth"] * (2 * L * (4 * d * d + 6 * d * d) + 4 * L * L * d)

@@ -781,8 +781,13 @@ def peak_flops(config, device):
     return best, f"{best / 1e12:.3f} TFLOP/s, measured: a product of 2048 x 2048 matrices"
 
 
+def text_length(text, prompts):
+    """Tokens that each of these prompts takes in one batch: the longest one's of our encoder, always text.length of a frozen one."""
+    return text.tokenize(prompts).shape[1] if isinstance(text, nets.ByteText) else text.length
+
+
 def time_training(config, device, seed, steps):
-    """Steps of training, as train.py takes them, of the base and of the joint net in turn -> seconds {motion: [...]}, peak bytes, the nets.
+    """Steps of training, as train.py takes them, of the base and of the joint net in turn -> seconds {motion: [...]}, peak bytes, the nets, tokens of the text.
 
     One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and no more than two minutes once there are three.
     """
@@ -810,7 +815,7 @@ def time_training(config, device, seed, steps):
     while len(took[True]) < steps and (train.WORLD > 1 or len(took[True]) < 3 or time.perf_counter() - start < 120):        # several ranks must stop together
         for motion in (False, True):
             took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
-    return took, memory.peak(), parts
+    return took, memory.peak(), parts, text_length(parts["text"], prompts)
 
 
 def time_encoding_and_sampling(config, parts, device, seed):
@@ -828,7 +833,8 @@ def time_encoding_and_sampling(config, parts, device, seed):
     memory = Memory(device)
     branches = 2 * settings["steps"] + settings["motion_steps"]                 # Eq. 8: three in the first half, then two
     seconds = timed(device, lambda: sample.generate(model, data.STRAIGHT[:1], [seed]))
-    return rows + [(f"sampling, {settings['steps']} steps, {branches} evaluations", seconds, 1, branches * nets.flops(config, True) + 2 * decoding.get_total_flops(), memory.peak())]
+    return rows + [(f"sampling, {settings['steps']} steps, {branches} evaluations", seconds, 1,
+                    branches * nets.flops(config, True, text_length(model.text, data.STRAIGHT[:1])) + 2 * decoding.get_total_flops(), memory.peak())]
 
 
 def speed(a):
@@ -846,9 +852,9 @@ def speed(a):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                              # as train.py
     fastest, which = peak_flops(config, device)
-    took, bytes_, parts = time_training(config, device, a.seed, a.steps)
+    took, bytes_, parts, length = time_training(config, device, a.seed, a.steps)
     batch, rows = config["batch"], []
-    lines = [(f"training step, {what}", float(np.median(took[motion])), batch, 3 * batch * nets.flops(config, motion) / train.WORLD, bytes_)
+    lines = [(f"training step, {what}", float(np.median(took[motion])), batch, 3 * batch * nets.flops(config, motion, length) / train.WORLD, bytes_)
              for motion, what in ((False, "base"), (True, "joint"))]
     if train.WORLD == 1:
         lines += time_encoding_and_sampling(config, parts, device, a.seed)

@@ -456,7 +456,7 @@ def finish(config, stage, weights, step, parent="", tae=""):
     """<run>/<stage>.pt: plain averaged weights that torch.load(weights_only=True) reads, with config, checksum, the parent's and the TAE's."""
     if RANK == 0:
         nets.save(pathlib.Path(config["run"]) / f"{stage}.pt",
-             dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=nets.checksum(weights), parent=parent, tae=tae))
+                  dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=nets.checksum(weights), parent=parent, tae=tae))
     barrier()
 
 

@@ -606,7 +606,7 @@ def test_the_plan_of_the_paper(capsys, preset, billions, gpus):
 @pytest.mark.parametrize("motion", [False, True])
 @pytest.mark.parametrize("overrides", [["preset=tiny"], ["preset=small", "dit.depth=2"], ["preset=tiny", "text.frozen=[40,24]", "text.length=16", "dit.patch=1"]])
 def test_the_formula_of_the_flops(motion, overrides):
-    """model.flops against torch's FlopCounterMode, on the longest text: the forward pass exactly, the training step within 2 % of three times it (the first
+    """model.flops against torch's FlopCounterMode, on the longest text and on a short one: the forward pass exactly, the training step within 2 % of three times it (the first
     layers need no gradient of their inputs)."""
     config = nets.load_config(overrides)
     text, dit, length = nets.build_text(config), nets.build_dit(config, motion), config["text"]["length"]
@@ -617,6 +617,10 @@ def test_the_formula_of_the_flops(motion, overrides):
     with FlopCounterMode(display=False) as backward:
         u.sum().backward()
     assert nets.flops(config, motion) == forward.get_total_flops()
+    if not config["text"]["frozen"]:
+        with FlopCounterMode(display=False) as short, sdpa_kernel(SDPBackend.MATH):
+            dit(x, t, *text(["x" * 9]))
+        assert nets.flops(config, motion, 10) == short.get_total_flops() < forward.get_total_flops()
     assert 3 * nets.flops(config, motion) == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)
 
 
@@ -627,10 +631,10 @@ def test_the_speed_probe(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "probe" / "speed.csv").read_text().splitlines()))
     assert [row["what"].split(",")[0] for row in rows] == ["training step", "training step", "encoding", "sampling"]
-    config = nets.load_config([*TINY, "dit.dim=256", "dit.hidden=0"])
+    config, length = nets.load_config([*TINY, "dit.dim=256", "dit.hidden=0"]), max(len(p.encode()) for p in data.PROMPTS[:4]) + 1       # bytes and the end
     for row, motion in zip(rows, (False, True)):
         seconds = float(row["seconds"])
-        assert float(row["tflops"]) * seconds * 1e12 == pytest.approx(3 * 4 * nets.flops(config, motion), rel=1e-3)
+        assert float(row["tflops"]) * seconds * 1e12 == pytest.approx(3 * 4 * nets.flops(config, motion, length), rel=1e-3)
         assert float(row["clips_per_s"]) * seconds == pytest.approx(4, rel=1e-3) and float(row["tokens_per_s"]) * seconds == pytest.approx(4 * 8, rel=1e-3)
         assert 0 < float(row["share"]) < 1 and float(row["peak_gb"]) > 0
     assert "20 evaluations" in rows[3]["what"]                                  # 3 branches in 4 steps, 2 in 4 (sec. 4.3)
