@@ -61,27 +61,24 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self, x, text=None, mask=None):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, N, D) -> (B, heads, N, D/heads)
-        q, (k, v) = self.q(x), self.kv(x if text is None else text).chunk(2, dim=-1)
+        text = x if text is None else text
         mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, L)
-        y = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
+        y = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(text)), split(self.v(text)), attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.up = nn.Linear(dim, 2 * hidden, bias=False)                        # gate and value in one product
+        self.gate, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,14 +117,16 @@ class ByteText(nn.Module):
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
     def forward(self, prompts):
-        ids = self.tokenize(prompts).to(self.position.device)                   # (B, L)
-        mask = ids != 0                                                         # (B, L)
-        x = self.embed(ids) + self.position[:ids.shape[1]]                      # (B, L, D)
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}               # each text once, "" for all that are dropped
+        ids = self.tokenize(rows).to(self.position.device)                      # (b, L)
+        mask = ids != 0                                                         # (b, L)
+        x = self.embed(ids) + self.position[:ids.shape[1]]                      # (b, L, D)
         for block in self.blocks:
-            y = block.norm1(x)                                                  # (B, L, D)
-            x = x + block.attn(y, y, mask)                                      # (B, L, D)
-            x = x + block.ffn(block.norm2(x))                                   # (B, L, D)
-        return self.norm(x), mask                                               # (B, L, D), (B, L)
+            y = block.norm1(x)                                                  # (b, L, D)
+            x = x + block.attn(y, y, mask)                                      # (b, L, D)
+            x = x + block.ffn(block.norm2(x))                                   # (b, L, D)
+        each = [rows[prompt] for prompt in prompts]
+        return self.norm(x)[each], mask[each]                                   # (B, L, D), (B, L)
 
 
 class RandomText(nn.Module):
@@ -163,6 +162,11 @@ ATTENTION = [aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_
              aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
 
 
+def modulate(norm, x, scale, shift):
+    """(1 + scale) norm(x) + shift, all three factors of x as one: x (B, N, D) is large, they are (B, 1, D)."""
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:]), norm.weight * (1 + scale))
+
+
 class Block(nn.Module):
     """Self-attention over all video tokens, cross-attention to the text, feed-forward; gates start at zero (App. C).
 
@@ -185,9 +189,9 @@ class Block(nn.Module):
 
     def compute(self, x, c, text, mask):
         scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)        # (B, N, D)
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1, x, scale1, shift1)))         # (B, N, D)
         x = x + self.cross(self.norm2(x), text, mask)                           # (B, N, D)
-        x = x + gate2 * self.ffn(self.norm3(x) * (1 + scale2) + shift2)         # (B, N, D)
+        x = torch.addcmul(x, gate2, self.ffn(modulate(self.norm3, x, scale2, shift2)))          # (B, N, D)
         return x
 
 
@@ -269,7 +273,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h + position, c, y, mask)                                 # (B, N, D)
         scale, shift = (self.table + e[:, None])[:, :, None].unbind(1)          # 2 x (B, 1, D)
-        h = self.norm(h) * (1 + scale) + shift                                  # (B, N, D)
+        h = modulate(self.norm, h, scale, shift)                                # (B, N, D)
         h = h.unflatten(1, (T, H // self.patch, W // self.patch))               # (B, T, H/p, W/p, D)
         u = self.unpatchify(self.patch_out(h))                                  # (B, C, T, H, W)
         if self.motion_out:

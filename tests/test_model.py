@@ -231,7 +231,7 @@ def numpy_dit(dit, x, t, text, mask):
     rms = lambda a, name: a / np.sqrt((a * a).mean(-1, keepdims=True) + np.finfo(np.float32).eps) * w[name]
 
     def attention(a, b, name, look):
-        q, k, v = a @ w[f"{name}.q.weight"].T, *np.split(b @ w[f"{name}.kv.weight"].T, 2, axis=-1)
+        q, k, v = (y @ w[f"{name}.{part}.weight"].T for y, part in ((a, "q"), (b, "k"), (b, "v")))
         size, out = q.shape[-1] // 2, np.zeros_like(q)
         for n in range(B):
             for part in (slice(0, size), slice(size, 2 * size)):                # two heads
@@ -256,7 +256,7 @@ def numpy_dit(dit, x, t, text, mask):
         own = rms(h, b + "norm1.weight") * (1 + a1) + b1
         h = h + g1 * attention(own, own, b + "attn", all_tokens)
         h = h + attention(rms(h, b + "norm2.weight"), y, b + "cross", mask)
-        gate, value = np.split((rms(h, b + "norm3.weight") * (1 + a2) + b2) @ w[b + "ffn.up.weight"].T, 2, axis=-1)
+        gate, value = ((rms(h, b + "norm3.weight") * (1 + a2) + b2) @ w[b + f"ffn.{part}.weight"].T for part in ("gate", "up"))
         h = h + g2 * ((silu(gate) * value) @ w[b + "ffn.down.weight"].T)
     a, b = np.moveaxis(e[:, None] + w["table"], 1, 0)[:, :, None]
     u = (rms(h, "norm.weight") * (1 + a) + b) @ w["patch_out.weight"].T
