@@ -674,114 +674,102 @@ def in_chunks(start, stop, config):
     return [range(i, min(i + n, stop)) for i in range(start, stop, n)]
 
 
+def encode_file(config, tae, clips, device, k, n, text=None):
+    """File k of the latents of n clips -> dict: z (b, 2C, T, H, W) float16, b captions, each text encoder's features (b, L, D) float16 and masks."""
+    z, captions = [], []
+    for chunk in in_chunks(k * CLIPS_PER_FILE, min((k + 1) * CLIPS_PER_FILE, n), config):
+        got = clips.batch(chunk, device)
+        z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
+        captions += got["caption"]
+    features, masks = text(captions) if text else ((), ())
+    return dict(z=torch.cat(z), caption=captions, features=[f.half().cpu() for f in features], masks=[m.cpu() for m in masks])
+
+
+def latent_files(config, tae, clips):
+    """What the files in <run>/latents depend on, and their paths, made or not; ValueError where those there depend on something else."""
+    world = [config["seed"], config["world"]]
+    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else world
+    own = dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]],
+               clips=len(clips) if config["data"]["root"] else config["data"]["cache"], sigma=config["flow"]["sigma"],
+               data=f"{zlib.crc32(json.dumps(what).encode()):08x}",
+               text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
+    folder = Path(config["run"], "latents")
+    found = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else own
+    for key in own:
+        if found.get(key) != own[key]:
+            raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, expected {own[key]}; delete it, then make it "
+                             "again with data.py if you like")
+    return own, [folder / f"{k:05d}.pt" for k in range(math.ceil(own["clips"] / CLIPS_PER_FILE))]
+
+
 class Latents:
-    """z and captions by clip number; n clips, 0: endless. [0, 5] -> z (2, 2C, T, H, W) float, two captions, stored text features and masks or None. From
-    1. the files in <run>/latents that data.py wrote, by memory map; else 2. memory, where no more than data.cache clips are encoded now, by every rank for itself;
-    else 3. encoded when asked for. ValueError for files that are not finished, or made by another TAE, of other clips or sizes."""
+    """z and captions by clip number; n clips, 0: endless. [0, 5] -> z (2, 2C, T, H, W) float, two captions, stored text features and masks or None.
+    From the files that data.py wrote, by memory map; else from memory, where no more than data.cache clips are encoded now, by every rank for
+    itself; else encoded when asked for. ValueError for files that are not finished, or made by another TAE, of other clips or sizes."""
 
     def __init__(self, config, tae, clips, device, bar=True):
         self.tae, self.clips, self.device, self.sigma = tae, clips, device, config["flow"]["sigma"]
-        self.n = len(clips) if config["data"]["root"] else config["data"]["cache"]
-        self.folder, self.files, self.kept = Path(config["run"], "latents"), {}, None
-        self.stored = (self.folder / "index.json").exists()
-        if self.stored:
-            self.check(config)
+        own, paths = latent_files(config, tae, clips)
+        self.n, self.files, folder = own["clips"], [], Path(config["run"], "latents")
+        if (folder / "index.json").exists():
+            missing = sum(not path.exists() for path in paths)
+            if missing:
+                raise ValueError(f"{folder} is not finished, {missing} of its files are missing: torchrun data.py run={config['run']} goes on, "
+                                 "or delete it")
+            # Mapped, not read: of a file only the rows that are used come into memory.
+            self.files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
         elif 0 < self.n <= config["data"]["cache"]:
-            chunks = in_chunks(0, self.n, config)
-            got = [self.fresh(chunk) for chunk in tqdm(chunks, desc="encoding", unit_scale=len(chunks[0]), unit="clip", disable=not bar, dynamic_ncols=True)]
-            self.kept = torch.cat([z.half() for z, _ in got]), [text for _, captions in got for text in captions]
-
-    def check(self, config):
-        found, expected = json.loads((self.folder / "index.json").read_text()), identity(config, self.tae, self.clips, self.n)
-        for key in expected:
-            if found.get(key) != expected[key]:
-                raise ValueError(f"{self.folder} was made with another {key}: found {found.get(key)}, expected {expected[key]}; delete it, and make it again with data.py if you like")
-        missing = [k for k in range(math.ceil(self.n / CLIPS_PER_FILE)) if not (self.folder / f"{k:05d}.pt").exists()]
-        if missing:
-            raise ValueError(f"{self.folder} is not finished, {len(missing)} of its files are missing: torchrun data.py run={config['run']} goes on, or delete it")
-
-    def fresh(self, indices):
-        got = self.clips.batch(indices, self.device)
-        return encode(self.tae, got, self.sigma), got["caption"]
+            numbers = tqdm(range(len(paths)), f"encoding {self.n} clips", unit="file", disable=not bar, dynamic_ncols=True)
+            self.files = [encode_file(config, tae, clips, device, k, self.n) for k in numbers]
 
     def __call__(self, indices):
-        if self.stored:
-            return self.read(indices)
-        z, captions = (self.kept[0][indices].float(), [self.kept[1][i] for i in indices]) if self.kept else self.fresh(indices)
-        return z, captions, None
-
-    def read(self, indices):
-        rows = []
-        for i in indices:
-            k, row = divmod(i, CLIPS_PER_FILE)
-            if k not in self.files:  # mapped, not read: of a file only the rows that are used come into memory
-                self.files[k] = torch.load(self.folder / f"{k:05d}.pt", mmap=True, weights_only=True)
-            rows.append((self.files[k], row))
+        if not self.files:
+            got = self.clips.batch(indices, self.device)
+            return encode(self.tae, got, self.sigma), got["caption"], None
+        rows = [(self.files[i // CLIPS_PER_FILE], i % CLIPS_PER_FILE) for i in indices]
         z, captions = torch.stack([file["z"][row] for file, row in rows]).float(), [file["caption"][row] for file, row in rows]
-        encoders = range(len(rows[0][0]["features"]))
-        if not encoders:
-            return z, captions, None
-        features, masks = ([torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks"))
-        return z, captions, (features, masks)
-
-
-def identity(config, tae, clips, n):
-    """What stored latents depend on: they are refused where one of these differs."""
-    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else [config["seed"], config["world"]]
-    return dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]], clips=n, sigma=config["flow"]["sigma"],
-                data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
+        encoders = range(len(self.files[0]["features"]))
+        stored = [[torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks")]
+        return z, captions, stored if encoders else None
 
 
 def run_config(config, argv):
     """The run folder's own config (the command line's, where only a tae.pt was put there); ValueError where the command line wants other clips."""
     run = Path(config["run"])
-    if not (run / "config.json").exists() and not (run / "tae.pt").exists():
-        raise ValueError(f"{run} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
     if not (run / "config.json").exists():
-        return config
+        if (run / "tae.pt").exists():
+            return config
+        raise ValueError(f"{run} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
     stored = read_config(run / "config.json")
-    old, wanted = flatten(stored), flatten(config)
+    old, new = flatten(stored), flatten(config)
     for key in (text.partition("=")[0].strip() for text in argv):
-        if key.split(".")[0] in ("seed", "frames", "height", "width", "fps", "data", "world", "flow", "text") and old.get(key) != wanted[key]:
-            raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={wanted[key]!r}: give the old value, or another run=folder")
+        if key.split(".")[0] in ("seed", "frames", "height", "width", "fps", "data", "world", "flow", "text") and old[key] != new[key]:
+            raise ValueError(f"{run} was made with {key}={old[key]!r}, found {key}={new[key]!r}: give the old value, or another run=folder")
     return {**stored, "run": config["run"], "device": config["device"]}
 
 
 def write_latents(config, rank=0, world=1):
-    """z (float16) and caption of every clip, and the features of frozen text encoders, in <run>/latents: CLIPS_PER_FILE in a file, each of one rank.
-
-    A file stands under its name when it is whole; those are kept when the command runs again. ValueError for a folder of another TAE, data or size.
-    """
+    """The latents of every clip and the features of frozen text encoders in <run>/latents, each file by one rank. A file stands under its name
+    when it is whole; those are kept when the command runs again. ValueError for a folder of another TAE, data or size."""
     run, device = Path(config["run"]), find_device(config["device"])
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     tae = load_into(build_tae(config), read_weights(run / "tae.pt")["weights"], run / "tae.pt").to(device).eval()
     text = build_text(config).to(device) if config["text"]["frozen"] else None  # ours is trained with the DiT
     clips = open_data(config, "train", device)
-    n, folder = len(clips) if config["data"]["root"] else config["data"]["cache"], run / "latents"
-    if n == 0:
-        raise ValueError(f"{run} was made with data.cache=0: found an endless world, expected a number of clips to encode: make a run with data.cache=10000")
-    index, own = folder / "index.json", identity(config, tae, clips, n)
-    if index.exists() and (found := json.loads(index.read_text())) != own:
-        key = next(key for key in own if found.get(key) != own[key])
-        raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, expected {own[key]}; delete it first")
+    own, paths = latent_files(config, tae, clips)
+    if not paths:
+        raise ValueError(f"{run} was made with data.cache=0: found an endless world, expected a number of clips to encode: make a run with "
+                         "data.cache=10000")
+    folder, temporary = paths[0].parent, paths[0].with_name(f"index.{rank}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = index.with_suffix(f".{rank}.tmp")
     temporary.write_text(json.dumps(own, indent=1))
-    os.replace(temporary, index)
-    todo = [k for k in range(rank, math.ceil(n / CLIPS_PER_FILE), world) if not (folder / f"{k:05d}.pt").exists()]
-    for k in tqdm(todo, desc=f"encoding {n} clips", unit="file", disable=rank > 0, dynamic_ncols=True):
-        z, captions, features, masks = [], [], [], []
-        for chunk in in_chunks(k * CLIPS_PER_FILE, min((k + 1) * CLIPS_PER_FILE, n), config):
-            got = clips.batch(chunk, device)
-            z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
-            captions += got["caption"]
-            for store, tensors in zip((features, masks), text(got["caption"]) if text else ()):
-                store.append([x.cpu() for x in tensors])
-        columns = lambda rows: [torch.cat(column) for column in zip(*rows)]     # chunks of encoders -> encoders
-        save(folder / f"{k:05d}.pt", dict(z=torch.cat(z), caption=captions, features=[f.half() for f in columns(features)], masks=columns(masks)))
+    os.replace(temporary, folder / "index.json")
+    todo = [k for k in range(rank, len(paths), world) if not paths[k].exists()]
+    for k in tqdm(todo, f"encoding {own['clips']} clips", unit="file", disable=rank > 0, dynamic_ncols=True):
+        save(paths[k], encode_file(config, tae, clips, device, k, own["clips"], text))
     if rank == 0:
-        print(f"{folder}: {n} clips" + (f", as soon as the other {world - 1} ranks are done" if world > 1 else ""))
+        print(f"{folder}: {own['clips']} clips" + (f", as soon as the other {world - 1} ranks are done" if world > 1 else ""))
 
 
 def main(argv=None):
