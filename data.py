@@ -14,7 +14,6 @@ that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optic
 """
 
 import csv
-import glob
 import io
 import json
 import logging
@@ -25,7 +24,7 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -499,11 +498,8 @@ class VideoFolder:
         if not self.windows:
             raise ValueError(f"found no usable one among {len(names)} videos in {root}, expected {frames} frames at {fps} fps: see the warnings")
         # Stored flow goes by what is in the file and in the RAFT, not by dates: a copied folder keeps it, an edited clip loses it.
-        self.prints = {n: _print(self.root / n) for n in dict(self.windows)}
-        self.raft_print = "*"                                      # without a RAFT, the flow of any
-        if raft is not None:
-            weights = torch.cat([p.detach().float().flatten().cpu() for p in raft.state_dict().values()])
-            self.raft_print = f"{zlib.crc32(weights.numpy()):08x}"
+        self.prints = {n: zlib.crc32(np.memmap(self.root / n, mode="r")) for n in dict(self.windows)}
+        self.raft_print = checksum(raft.state_dict())[:8] if raft else None
 
     def __len__(self):
         return len(self.windows)
@@ -512,7 +508,7 @@ class VideoFolder:
         if not 0 <= i < len(self):
             raise IndexError(f"found index {i}, expected 0 to {len(self) - 1}")
         name, start = self.windows[i]
-        video = self._pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1                                       # (3, T, H, W)
+        video = self._pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1            # (3, T, H, W)
         return dict(video=video, caption=self.captions[name], name=f"{name}:{start}")
 
     def prompts(self):
@@ -522,8 +518,7 @@ class VideoFolder:
     @torch.no_grad()
     def batch(self, indices, device="cpu"):
         """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
-        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px); without flow_dir, each time.
-        ValueError where the flow is not stored and there is no RAFT."""
+        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without a RAFT."""
         with ThreadPoolExecutor(4) as pool:                        # threads suffice: the work is done in ffmpeg's own processes
             items = list(pool.map(self.__getitem__, indices))
         video = torch.stack([item["video"] for item in items]).to(device)                                     # (B, 3, T, H, W)
@@ -552,39 +547,35 @@ class VideoFolder:
 
     def _pixels(self, i):
         """Window i as (T, H, W, 3) uint8."""
-        if i not in self.kept:
-            name, start = self.windows[i]
-            with closing(self._decode(name, start, start + self.frames)) as stream:
-                data = bytearray().join([frame for frame in stream][1:])
-            if len(data) != self.frames * self.height * self.width * 3:
-                raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
-            window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
-            if (len(self.kept) + 1) * len(data) > KEPT_BYTES:
-                return window
+        if i in self.kept:
+            return self.kept[i]
+        name, start = self.windows[i]
+        with closing(self._decode(name, start, start + self.frames)) as stream:
+            data = bytearray().join([frame for frame in stream][1:])
+        if len(data) != self.frames * self.height * self.width * 3:
+            raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
+        window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
+        if (len(self.kept) + 1) * len(data) <= KEPT_BYTES:
             self.kept[i] = window
-        return self.kept[i]
+        return window
 
     def _flow(self, i, video):
         """Optical flow (2, T, H, W) of window i, video (3, T, H, W), as float16: read where it is stored, else estimated and stored."""
         name, start = self.windows[i]
-        stem = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps-{self.prints[name]}-"
-        stem = os.path.join(self.flow_dir or "", stem)
-        for path in sorted(glob.glob(glob.escape(stem) + self.raft_print + ".npy")) if self.flow_dir else ():
-            try:
-                d = torch.from_numpy(np.load(path))
-            except (OSError, ValueError, EOFError):                # torn, by a full disk or half a copy: estimated again below
-                continue
+        if self.raft is None:
+            raise ValueError(f"found no RAFT for the flow of {name}:{start} in {self.root}, expected one: set flow.weights to a RAFT file, or "
+                             "let train.py fetch torchvision's")
+        window = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps"
+        path = Path(self.flow_dir, f"{window}-{self.prints[name]:08x}-{self.raft_print}.npy")
+        with suppress(OSError, ValueError, EOFError):              # not there, or torn by a full disk or half a copy
+            d = torch.from_numpy(np.load(path))
             if d.shape == (2, *video.shape[1:]) and d.dtype == torch.float16:
                 return d
-        if self.raft is None:
-            raise ValueError(f"found no flow of {name}:{start} in {self.flow_dir}, expected it there or a RAFT to estimate it: set flow.weights "
-                             "to a RAFT file, or let train.py fetch torchvision's")
         d = estimate_flow(video[None], self.raft)[0].half().cpu()
-        if self.flow_dir:
-            os.makedirs(self.flow_dir, exist_ok=True)
-            with open(f"{stem}{os.environ.get('RANK', 0)}-{os.getpid()}.tmp", "wb") as file:
-                np.save(file, d.numpy())
-            os.replace(file.name, f"{stem}{self.raft_print}.npy")  # whole or not at all, whatever kills this run or another rank
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.{os.environ.get('RANK', 0)}-{os.getpid()}.tmp", "wb") as file:
+            np.save(file, d.numpy())
+        os.replace(file.name, path)                                # whole or not at all, whatever kills this run or another rank
         return d
 
 
@@ -610,13 +601,11 @@ def _rows(table):
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
         yield from ((reader.line_num, row) for row in reader)
-        return
-    for line, text in enumerate(lines, 1):
-        try:
-            yield line, json.loads(text)
-        except json.JSONDecodeError:
-            if text.strip():
-                yield line, text
+    for line, row in enumerate(lines, 1):                          # of a .csv none are left
+        if row.strip():
+            with suppress(json.JSONDecodeError):
+                row = json.loads(row)
+            yield line, row
 
 
 def _text(path):
@@ -632,12 +621,6 @@ def _warn(names, problem, advice):
     if names:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         warnings.warn(f"{len(names)} file(s) {problem}: {', '.join(names[:20])}{more} ({advice})", stacklevel=3)
-
-
-def _print(path):
-    """Eight digits that change with the size or the first megabyte of a file."""
-    with open(path, "rb") as file:
-        return f"{zlib.crc32(file.read(2**20), path.stat().st_size & 0xffffffff):08x}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
