@@ -15,6 +15,7 @@ that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optic
 
 import csv
 import io
+import itertools
 import json
 import logging
 import math
@@ -23,7 +24,6 @@ import re
 import sys
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from flow import estimate_flow, flow_to_rgb, load_raft
 from model import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_config, read_weights, save
@@ -74,8 +75,8 @@ TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, 
 
 # Two of the 24 (colour, shape) pairs of each motion are never the named object of a training clip: does the model
 # compose what it saw apart?
-HELD_OUT = {(color, shape, motion) for m, motion in enumerate(MOTIONS) for c, color in enumerate(COLORS)
-            for s, shape in enumerate(SHAPES) if (4 * c + s + 5 * m) % 12 == 0}
+LOOKS = list(itertools.product(COLORS, SHAPES))
+HELD_OUT = {(*look, motion) for m, motion in enumerate(MOTIONS) for n, look in enumerate(LOOKS) if (n + 5 * m) % 12 == 0}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words: drawing them, saying them, reading them
@@ -132,35 +133,28 @@ READ = {  # tried in order, on a text whose named objects have become "it"
 
 def parse(text):
     """The words of a caption, ours or freely typed: a dict of kind, motion, speed, objects (named first) and camera.
-
-    Raises ValueError where no colour, shape, motion or sense of turning can be read.
-    """
-    def missing(what, expected):
-        return ValueError(f"prompt {text!r} names no {what}: expected {expected}, as in 'a red square moving right'")
+    ValueError where no colour, shape, motion or sense of turning can be read."""
+    def need(found, what, expected):
+        if not found:
+            raise ValueError(f"prompt {text!r} names no {what}: expected {expected}, as in 'a red square moving right'")
 
     low = " ".join(text.lower().replace("counterclockwise", "counter-clockwise").split())
-    for what, names in (("colour", COLORS), ("shape", SHAPES)):
-        if not re.search("|".join(names), low):
-            raise missing(what, f"one of {', '.join(names)}")
+    need(re.search("|".join(COLORS), low), "colour", f"one of {', '.join(COLORS)}")
+    need(re.search("|".join(SHAPES), low), "shape", f"one of {', '.join(SHAPES)}")
     named = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
     objects = [{"color": c, "shape": s} for c, s in re.findall(named, low)]
-    if not objects:
-        raise missing("object", "a colour and, right after it, a shape")
+    need(objects, "object", "a colour and, right after it, a shape")
     pan = re.search(r"camera (?:is )?pan\w*(?: to the)? (left|right|up|down)", low)
     low = low.replace(pan[0], "") if pan else low
     low = re.sub(named, "it", re.sub(rf"past (a )?still {named}", "", low))  # a cross is a shape, crossing is a motion
-    motion = next((m for m, pattern in READ.items() if re.search(pattern, low)), None)
+    straight = "-".join(sorted(set(re.findall(r"\b(up|down|left|right)", low)), key="up down left right".find))
+    motion = next((m for m, pattern in READ.items() if re.search(pattern, low)), straight)
     if motion in ("orbiting", "spinning"):
-        if "clockwise" not in low:
-            raise missing("sense of turning", "clockwise or counter-clockwise")
+        need("clockwise" in low, "sense of turning", "clockwise or counter-clockwise")
         motion += " " + TURNS[bool(re.search("counter|anti", low))]
-    if motion is None:
-        motion = "-".join(sorted(set(re.findall(r"\b(up|down|left|right)", low)), key="up down left right".find))
-    if motion not in MOTIONS:
-        raise missing("motion", f"one of {', '.join(MOTIONS)}")
+    need(motion in MOTIONS, "motion", f"one of {', '.join(MOTIONS)}")
     speed = "slow" if "slow" in low else "fast" if re.search("fast|quick", low) else None
-    return {"kind": MOTIONS[motion][0], "motion": motion, "speed": speed, "objects": objects,
-            "camera": pan[1] if pan else None}
+    return dict(kind=MOTIONS[motion][0], motion=motion, speed=speed, objects=objects, camera=pan[1] if pan else None)
 
 
 def _fixed_prompts(motions, count):
@@ -168,8 +162,7 @@ def _fixed_prompts(motions, count):
     prompts, colors = [], list(COLORS)
     for n in range(count):
         turn, m = divmod(n, len(motions))
-        unseen, seen = ([(c, s) for c in COLORS for s in SHAPES if ((c, s, motions[m]) in HELD_OUT) == held]
-                        for held in (True, False))
+        unseen, seen = ([look for look in LOOKS if ((*look, motions[m]) in HELD_OUT) == held] for held in (True, False))
         color, shape = unseen[turn // 2 % 2] if turn % 2 == 0 else seen[(7 * turn + 5 * m) % len(seen)]
         other = {"color": colors[(colors.index(color) + 1 + n % 5) % 6], "shape": SHAPES[(turn + m) % 4]}
         prompts.append(caption({
@@ -186,10 +179,8 @@ STRAIGHT = _fixed_prompts(list(DIRECTIONS), 64)  # eight per direction: for the 
 
 
 def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
-    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale),
-    the drawing order, the camera's flow [u, v], the background. The named object stays in the picture for T frames;
-    the pose after them makes the last frame's flow exact.
-    """
+    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale), the drawing order, the
+    camera's flow [u, v], the background. The named object stays in the picture for T frames; the pose after them makes the last frame's flow exact."""
     motion, n, side, box = words["motion"], max(frames - 1, 1), min(height, width), np.array([width, height])
     t, objects = np.arange(frames + 1.0), [dict(o) for o in words["objects"]]
     if motion in PAIRED and len(objects) < 2:
@@ -237,9 +228,7 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
 
 
 def _paths(motion, objects, t, n, room, cap, pace, rng):
-    """The actors' paths, (T+1, 2) each, up to a common shift: n steps are shown, `room` px are free, `cap` px per frame
-    is the top speed.
-    """
+    """The actors' paths, (T+1, 2) each, up to a common shift: n steps are shown, `room` px are free, `cap` px per frame is the top speed."""
     def speed(d):  # along d, by the cap or by the room there is
         return pace * min(cap, min(room[a] / abs(d[a]) for a in (0, 1) if abs(d[a]) > 1e-9) / n)
 
@@ -305,9 +294,8 @@ def render(specs, frames, height, width, device="cpu"):
 
 def flow_between(specs, i, j, height, width, device="cpu"):
     """The exact displacement of frame i's pixels by frame j: (B, 2, H, W) px, or (B, 2, n, H, W) for n frames each."""
-    if isinstance(i, int):
-        return _draw(specs, [i], [j], height, width, device)[1][:, :, 0]
-    return _draw(specs, [int(f) for f in i], [int(f) for f in j], height, width, device)[1]
+    flow = _draw(specs, np.atleast_1d(i).tolist(), np.atleast_1d(j).tolist(), height, width, device)[1]
+    return flow[:, :, 0] if isinstance(i, int) else flow
 
 
 def _draw(specs, i, j, height, width, device):
@@ -375,9 +363,7 @@ def _background(specs, camera, at, height, width):
 
 class MovingShapes:
     """The embedded world: ds[i] is a dict of video (3, T, H, W), flow (2, T, H, W), caption and spec.
-
-    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip.
-    """
+    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip."""
 
     def __init__(self, frames, height, width, seed=0, split="train", texture=0.0, size=1.0, basic=0.5):
         if split not in SPLITS:
@@ -428,9 +414,7 @@ def _hues(video):
 
 def track(video, color):
     """Where a colour is in (3, T, H, W): area (T,) as a share of the picture, centroid (T, 2) px, found (T,) bool.
-
-    A frame with less than 0.4 % of the colour is lost: its centroid is nan.
-    """
+    A frame with less than 0.4 % of the colour is lost: its centroid is nan."""
     nearest, saturation = _hues(video)
     weight = saturation * (nearest == list(COLORS).index(color))                                     # (T, H, W)
     area, total = (weight > 0).float().mean((1, 2)), weight.sum((1, 2))
@@ -449,14 +433,11 @@ def dominant_color(video):
 
 def direction(centroid, found):
     """The least-squares line through the found centroids: angle in degrees (0 right, 90 down), speed in px per frame.
-
-    Both are nan where fewer than 3 frames were found.
-    """
+    Both are nan where fewer than 3 frames were found."""
     if found.sum() < 3:
         return math.nan, math.nan
-    t = torch.arange(len(found), dtype=torch.float64)[found.cpu()]
-    t = t - t.mean()
-    u, v = ((t[:, None] * centroid.cpu().double()[found.cpu()]).sum(0) / (t**2).sum()).tolist()
+    t, path = found.nonzero()[:, 0].cpu(), centroid[found].double().cpu()                            # (n,), (n, 2)
+    u, v = np.polyfit(t, path - path[0], 1)[0]
     return math.degrees(math.atan2(v, u)), math.hypot(u, v)
 
 
@@ -490,8 +471,8 @@ class VideoFolder:
         self.captions = _read_captions(self.root, names)
 
         # A header cannot be trusted with the number of frames (that of a file cut in the middle promises them all), so each is decoded once.
-        with ThreadPoolExecutor(4) as pool:
-            count = dict(zip(names, tqdm(pool.map(self._count, names), "opening videos", len(names), disable=len(names) < 20)))
+        count = thread_map(self._count, names, max_workers=4, desc="opening videos", disable=len(names) < 20)
+        count = dict(zip(names, count))
         _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or the sound is longer: encode again")
         _warn([n for n in names if 0 <= count[n] < frames], f"skipped, shorter than {frames} frames at {fps} fps", "lower `frames` or raise `fps`")
         self.windows = [(n, start) for n in names for start in range(0, count[n] - frames + 1, frames)]
@@ -519,8 +500,7 @@ class VideoFolder:
     def batch(self, indices, device="cpu"):
         """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
         RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without a RAFT."""
-        with ThreadPoolExecutor(4) as pool:                        # threads suffice: the work is done in ffmpeg's own processes
-            items = list(pool.map(self.__getitem__, indices))
+        items = thread_map(self.__getitem__, indices, max_workers=4, disable=True)      # threads suffice: the work is done by ffmpeg processes
         video = torch.stack([item["video"] for item in items]).to(device)                                     # (B, 3, T, H, W)
         d = torch.stack([self._flow(i, clip) for i, clip in zip(indices, video)]).to(device)                  # (B, 2, T, H, W) float16
         return dict(video=video, flow=d.float(), caption=[item["caption"] for item in items])
@@ -589,15 +569,14 @@ def _read_captions(root, names):
         captions[row["file_name"]] = row["text"].strip()
     _warn(sorted(captions.keys() - set(names)), f"named in {table} but not there", "correct file_name")
     for n in names:
-        beside = (root / n).with_suffix(".txt")
-        captions[n] = captions.get(n) or (_text(beside).strip() if beside.is_file() else "")
+        captions[n] = captions.get(n) or _text((root / n).with_suffix(".txt")).strip()
     _warn([n for n in names if not captions[n]], "without a caption", "used with the empty one")
     return captions
 
 
 def _rows(table):
     """Yields (line number, row) of a .csv or a .jsonl; a line that is no JSON comes as the text it is."""
-    lines = io.StringIO(_text(table), newline="")                  # as a file would: a caption may hold other line separators
+    lines = io.StringIO(_text(table))                              # not splitlines: a caption may hold other separators
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
         yield from ((reader.line_num, row) for row in reader)
@@ -609,11 +588,11 @@ def _rows(table):
 
 
 def _text(path):
-    """The text of a caption file; ValueError where it is not UTF-8."""
+    """The text of a caption file, "" where there is none; ValueError where it is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")               # -sig: spreadsheets put a mark in front
+        return path.read_text("utf-8-sig") if path.is_file() else ""           # -sig: spreadsheets put a mark in front
     except UnicodeDecodeError as error:
-        raise ValueError(f"found bytes in {path} that are not UTF-8 ({error.reason} at {error.start}), expected UTF-8: save it as that") from None
+        raise ValueError(f"found bytes in {path} that are not UTF-8 ({error}), expected UTF-8: save it as that") from None
 
 
 def _warn(names, problem, advice):
@@ -652,8 +631,7 @@ def encode(tae, got, sigma):
 
 def in_chunks(start, stop, config):
     """range(start, stop) in pieces of as many clips as are encoded at once: 1 to 32."""
-    n = PIXELS_AT_ONCE // (min(config["frames"], config["tae"]["tile"]) * config["height"] * config["width"])
-    n = max(1, min(32, n))
+    n = min(32, PIXELS_AT_ONCE // (min(config["frames"], config["tae"]["tile"]) * config["height"] * config["width"])) or 1
     return [range(i, min(i + n, stop)) for i in range(start, stop, n)]
 
 
