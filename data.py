@@ -14,6 +14,7 @@ that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optic
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -223,8 +224,7 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
         order[-2:] = [0, 1]
     background = {"seed": int(rng.integers(2**31)), "level": float(rng.uniform(0.6, 0.85)), "texture": float(texture),
                   "light": rng.uniform(-0.25, 0.25, 2).tolist(), "tint": rng.uniform(-0.04, 0.04, 3).tolist()}
-    return {"kind": words["kind"], "motion": motion, "speed": words["speed"], "objects": objects, "order": order,
-            "camera": camera.tolist(), "background": background, "template": words.get("template", 0)}
+    return {"template": 0, **words, "objects": objects, "order": order, "camera": camera.tolist(), "background": background}
 
 
 def _paths(motion, objects, t, n, room, cap, pace, rng):
@@ -450,7 +450,7 @@ def nearest_direction(angle):
 # Real videos. All decoding is ffmpeg's
 
 ENDINGS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
-KEPT_BYTES = 2e9                                                   # decoded windows that stay in memory: small folders are read again and again
+KEPT_BYTES = 2 * 10**9                                             # decoded windows that stay in memory: small folders are read again and again
 # imageio_ffmpeg logs a line for each reader whose filters change the size of the picture; ours all do.
 logging.getLogger("imageio_ffmpeg").addFilter(lambda record: "frame size" not in record.msg)
 
@@ -462,7 +462,8 @@ class VideoFolder:
 
     def __init__(self, root, frames, height, width, fps, flow_dir=None, raft=None):
         self.root, self.frames, self.height, self.width, self.fps = Path(root), frames, height, width, fps
-        self.flow_dir, self.raft, self.kept = flow_dir, raft, {}
+        self.flow_dir, self.raft = flow_dir, raft
+        self._pixels = functools.lru_cache(KEPT_BYTES // (3 * frames * height * width))(self._pixels)
         if not self.root.is_dir():
             raise FileNotFoundError(f"found {'a file' if self.root.exists() else 'nothing'} at {root}, expected a folder of videos: correct data.root")
         names = sorted(p.name for p in self.root.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
@@ -527,17 +528,12 @@ class VideoFolder:
 
     def _pixels(self, i):
         """Window i as (T, H, W, 3) uint8."""
-        if i in self.kept:
-            return self.kept[i]
         name, start = self.windows[i]
         with closing(self._decode(name, start, start + self.frames)) as stream:
             data = bytearray().join([frame for frame in stream][1:])
         if len(data) != self.frames * self.height * self.width * 3:
             raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
-        window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
-        if (len(self.kept) + 1) * len(data) <= KEPT_BYTES:
-            self.kept[i] = window
-        return window
+        return torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
 
     def _flow(self, i, video):
         """Optical flow (2, T, H, W) of window i, video (3, T, H, W), as float16: read where it is stored, else estimated and stored."""
@@ -600,9 +596,6 @@ def _warn(names, problem, advice):
     if names:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         warnings.warn(f"{len(names)} file(s) {problem}: {', '.join(names[:20])}{more} ({advice})", stacklevel=3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def open_data(config, split="train", device="cpu"):
@@ -695,12 +688,10 @@ class Latents:
 
 
 def run_config(config, argv):
-    """The run folder's own config (the command line's, where only a tae.pt was put there); ValueError where the command line wants other clips."""
+    """The run folder's own config (the command line's, where it has none); ValueError where the command line wants other clips."""
     run = Path(config["run"])
     if not (run / "config.json").exists():
-        if (run / "tae.pt").exists():
-            return config
-        raise ValueError(f"{run} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
+        return config
     stored = read_config(run / "config.json")
     old, new = flatten(stored), flatten(config)
     for key in (text.partition("=")[0].strip() for text in argv):
