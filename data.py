@@ -71,8 +71,7 @@ MOTIONS = {
 }
 KINDS = {kind: [m for m in MOTIONS if MOTIONS[m][0] == kind] for kind in ("basic", "complex", "rotational", "physics")}
 PAIRED = [m for m in MOTIONS if "{other}" in MOTIONS[m][1]]
-TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, it {does}", "there is a {named} {ing}",
-             "{named}, {ing}")
+TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, it {does}", "there is a {named} {ing}", "{named}, {ing}")
 
 # Two of the 24 (colour, shape) pairs of each motion are never the named object of a training clip: does the model
 # compose what it saw apart?
@@ -180,8 +179,8 @@ STRAIGHT = _fixed_prompts(list(DIRECTIONS), 64)  # eight per direction: for the 
 
 
 def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
-    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale), the drawing order, the
-    camera's flow [u, v], the background. The named object stays in the picture for T frames; the pose after them makes the last frame's flow exact."""
+    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale), the drawing order,
+    the camera's flow [u, v], the background. The named object stays in the picture for T frames; the pose after them is for the last flow."""
     motion, n, side, box = words["motion"], max(frames - 1, 1), min(height, width), np.array([width, height])
     t, objects = np.arange(frames + 1.0), [dict(o) for o in words["objects"]]
     if motion in PAIRED and len(objects) < 2:
@@ -353,8 +352,7 @@ def _background(specs, camera, at, height, width):
         for n, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
             grid = camera.new_tensor(grids[:, n:n + 1])
             on = "cpu" if grid.device.type == "mps" else grid.device  # mps has no bicubic sampling
-            noise = F.grid_sample(grid.to(on), (where * (cells * 2 / 15)).to(on), mode="bicubic", padding_mode="reflection",
-                                  align_corners=True)
+            noise = F.grid_sample(grid.to(on), (where * (cells * 2 / 15)).to(on), mode="bicubic", padding_mode="reflection", align_corners=True)
             grey = grey + amount * noise.to(grid.device).view_as(grey)
         grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
         video[rows] = 2 * grey * (1 + each("texture") * each("tint")) - 1
@@ -436,7 +434,7 @@ def direction(centroid, found):
     Both are nan where fewer than 3 frames were found."""
     if found.sum() < 3:
         return math.nan, math.nan
-    t, path = found.nonzero()[:, 0].cpu(), centroid[found].double().cpu()                            # (n,), (n, 2)
+    t, path = found.nonzero()[:, 0].cpu(), centroid[found].cpu().double()                            # (n,), (n, 2)
     u, v = np.polyfit(t, path - path[0], 1)[0]
     return math.degrees(math.atan2(v, u)), math.hypot(u, v)
 
@@ -465,16 +463,17 @@ class VideoFolder:
         self.flow_dir, self.raft = flow_dir, raft
         self._pixels = functools.lru_cache(KEPT_BYTES // (3 * frames * height * width))(self._pixels)
         if not self.root.is_dir():
-            raise FileNotFoundError(f"found {'a file' if self.root.exists() else 'nothing'} at {root}, expected a folder of videos: correct data.root")
+            found = "a file" if self.root.exists() else "nothing"
+            raise FileNotFoundError(f"found {found} at {root}, expected a folder of videos: correct data.root")
         names = sorted(p.name for p in self.root.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
         if not names:
             raise ValueError(f"found no video in {root}, expected files ending in {' '.join(ENDINGS)}: put some there")
         self.captions = _read_captions(self.root, names)
 
         # A header cannot be trusted with the number of frames (that of a file cut in the middle promises them all), so each is decoded once.
-        count = thread_map(self._count, names, max_workers=4, desc="opening videos", disable=len(names) < 20)
-        count = dict(zip(names, count))
-        _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or the sound is longer: encode again")
+        counts = thread_map(self._count, names, max_workers=4, desc="opening videos", disable=len(names) < 20)
+        count = dict(zip(names, counts))
+        _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or longer sound: encode again")
         _warn([n for n in names if 0 <= count[n] < frames], f"skipped, shorter than {frames} frames at {fps} fps", "lower `frames` or raise `fps`")
         self.windows = [(n, start) for n in names for start in range(0, count[n] - frames + 1, frames)]
         if not self.windows:
@@ -497,7 +496,6 @@ class VideoFolder:
         """The folder's own captions, each once, to look at."""
         return sorted({self.captions[name] for name, _ in self.windows})
 
-    @torch.no_grad()
     def batch(self, indices, device="cpu"):
         """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
         RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without a RAFT."""
@@ -630,7 +628,7 @@ def in_chunks(start, stop, config):
 
 def encode_file(config, tae, clips, device, k, n, text=None):
     """File k of the latents of n clips -> dict: z (b, 2C, T, H, W) float16, b captions, each text encoder's features (b, L, D) float16 and masks."""
-    z, captions = [], []
+    z, captions = [], []                                           # the TAE's batches are smaller than a file
     for chunk in in_chunks(k * CLIPS_PER_FILE, min((k + 1) * CLIPS_PER_FILE, n), config):
         got = clips.batch(chunk, device)
         z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
@@ -641,19 +639,19 @@ def encode_file(config, tae, clips, device, k, n, text=None):
 
 def latent_files(config, tae, clips):
     """What the files in <run>/latents depend on, and their paths, made or not; ValueError where those there depend on something else."""
-    world = [config["seed"], config["world"]]
-    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else world
-    own = dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]],
-               clips=len(clips) if config["data"]["root"] else config["data"]["cache"], sigma=config["flow"]["sigma"],
-               data=f"{zlib.crc32(json.dumps(what).encode()):08x}",
-               text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
+    n, what = config["data"]["cache"], [config["seed"], config["world"]]
+    if config["data"]["root"]:
+        n, what = len(clips), [clips.windows, clips.prints, clips.captions, config["fps"]]
+    frozen, size = config["text"]["frozen"], [config["frames"], config["height"], config["width"]]
+    own = dict(tae=checksum(tae.state_dict()), size=size, clips=n, sigma=config["flow"]["sigma"],
+               data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=frozen and [*frozen, config["text"]["length"]])
     folder = Path(config["run"], "latents")
     found = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else own
     for key in own:
         if found.get(key) != own[key]:
             raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, expected {own[key]}; delete it, then make it "
                              "again with data.py if you like")
-    return own, [folder / f"{k:05d}.pt" for k in range(math.ceil(own["clips"] / CLIPS_PER_FILE))]
+    return own, [folder / f"{k:05d}.pt" for k in range(math.ceil(n / CLIPS_PER_FILE))]
 
 
 class Latents:
