@@ -14,8 +14,9 @@ that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optic
 """
 
 import csv
-import glob
+import functools
 import io
+import itertools
 import json
 import logging
 import math
@@ -24,8 +25,7 @@ import re
 import sys
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from flow import estimate_flow, flow_to_rgb, load_raft
 from model import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_config, read_weights, save
@@ -70,13 +71,12 @@ MOTIONS = {
 }
 KINDS = {kind: [m for m in MOTIONS if MOTIONS[m][0] == kind] for kind in ("basic", "complex", "rotational", "physics")}
 PAIRED = [m for m in MOTIONS if "{other}" in MOTIONS[m][1]]
-TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, it {does}", "there is a {named} {ing}",
-             "{named}, {ing}")
+TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, it {does}", "there is a {named} {ing}", "{named}, {ing}")
 
 # Two of the 24 (colour, shape) pairs of each motion are never the named object of a training clip: does the model
 # compose what it saw apart?
-HELD_OUT = {(color, shape, motion) for m, motion in enumerate(MOTIONS) for c, color in enumerate(COLORS)
-            for s, shape in enumerate(SHAPES) if (4 * c + s + 5 * m) % 12 == 0}
+LOOKS = list(itertools.product(COLORS, SHAPES))
+HELD_OUT = {(*look, motion) for m, motion in enumerate(MOTIONS) for n, look in enumerate(LOOKS) if (n + 5 * m) % 12 == 0}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words: drawing them, saying them, reading them
@@ -133,35 +133,28 @@ READ = {  # tried in order, on a text whose named objects have become "it"
 
 def parse(text):
     """The words of a caption, ours or freely typed: a dict of kind, motion, speed, objects (named first) and camera.
-
-    Raises ValueError where no colour, shape, motion or sense of turning can be read.
-    """
-    def missing(what, expected):
-        return ValueError(f"prompt {text!r} names no {what}: expected {expected}, as in 'a red square moving right'")
+    ValueError where no colour, shape, motion or sense of turning can be read."""
+    def need(found, what, expected):
+        if not found:
+            raise ValueError(f"prompt {text!r} names no {what}: expected {expected}, as in 'a red square moving right'")
 
     low = " ".join(text.lower().replace("counterclockwise", "counter-clockwise").split())
-    for what, names in (("colour", COLORS), ("shape", SHAPES)):
-        if not re.search("|".join(names), low):
-            raise missing(what, f"one of {', '.join(names)}")
+    need(re.search("|".join(COLORS), low), "colour", f"one of {', '.join(COLORS)}")
+    need(re.search("|".join(SHAPES), low), "shape", f"one of {', '.join(SHAPES)}")
     named = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
     objects = [{"color": c, "shape": s} for c, s in re.findall(named, low)]
-    if not objects:
-        raise missing("object", "a colour and, right after it, a shape")
+    need(objects, "object", "a colour and, right after it, a shape")
     pan = re.search(r"camera (?:is )?pan\w*(?: to the)? (left|right|up|down)", low)
     low = low.replace(pan[0], "") if pan else low
     low = re.sub(named, "it", re.sub(rf"past (a )?still {named}", "", low))  # a cross is a shape, crossing is a motion
-    motion = next((m for m, pattern in READ.items() if re.search(pattern, low)), None)
+    straight = "-".join(sorted(set(re.findall(r"\b(up|down|left|right)", low)), key="up down left right".find))
+    motion = next((m for m, pattern in READ.items() if re.search(pattern, low)), straight)
     if motion in ("orbiting", "spinning"):
-        if "clockwise" not in low:
-            raise missing("sense of turning", "clockwise or counter-clockwise")
+        need("clockwise" in low, "sense of turning", "clockwise or counter-clockwise")
         motion += " " + TURNS[bool(re.search("counter|anti", low))]
-    if motion is None:
-        motion = "-".join(sorted(set(re.findall(r"\b(up|down|left|right)", low)), key="up down left right".find))
-    if motion not in MOTIONS:
-        raise missing("motion", f"one of {', '.join(MOTIONS)}")
+    need(motion in MOTIONS, "motion", f"one of {', '.join(MOTIONS)}")
     speed = "slow" if "slow" in low else "fast" if re.search("fast|quick", low) else None
-    return {"kind": MOTIONS[motion][0], "motion": motion, "speed": speed, "objects": objects,
-            "camera": pan[1] if pan else None}
+    return dict(kind=MOTIONS[motion][0], motion=motion, speed=speed, objects=objects, camera=pan[1] if pan else None)
 
 
 def _fixed_prompts(motions, count):
@@ -169,8 +162,7 @@ def _fixed_prompts(motions, count):
     prompts, colors = [], list(COLORS)
     for n in range(count):
         turn, m = divmod(n, len(motions))
-        unseen, seen = ([(c, s) for c in COLORS for s in SHAPES if ((c, s, motions[m]) in HELD_OUT) == held]
-                        for held in (True, False))
+        unseen, seen = ([look for look in LOOKS if ((*look, motions[m]) in HELD_OUT) == held] for held in (True, False))
         color, shape = unseen[turn // 2 % 2] if turn % 2 == 0 else seen[(7 * turn + 5 * m) % len(seen)]
         other = {"color": colors[(colors.index(color) + 1 + n % 5) % 6], "shape": SHAPES[(turn + m) % 4]}
         prompts.append(caption({
@@ -187,10 +179,8 @@ STRAIGHT = _fixed_prompts(list(DIRECTIONS), 64)  # eight per direction: for the 
 
 
 def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
-    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale),
-    the drawing order, the camera's flow [u, v], the background. The named object stays in the picture for T frames;
-    the pose after them makes the last frame's flow exact.
-    """
+    """A full spec (JSON-able) of parsed words, the rest drawn from `rng`: each object's T+1 poses (x, y, angle, scale), the drawing order,
+    the camera's flow [u, v], the background. The named object stays in the picture for T frames; the pose after them is for the last flow."""
     motion, n, side, box = words["motion"], max(frames - 1, 1), min(height, width), np.array([width, height])
     t, objects = np.arange(frames + 1.0), [dict(o) for o in words["objects"]]
     if motion in PAIRED and len(objects) < 2:
@@ -233,14 +223,11 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
         order[-2:] = [0, 1]
     background = {"seed": int(rng.integers(2**31)), "level": float(rng.uniform(0.6, 0.85)), "texture": float(texture),
                   "light": rng.uniform(-0.25, 0.25, 2).tolist(), "tint": rng.uniform(-0.04, 0.04, 3).tolist()}
-    return {"kind": words["kind"], "motion": motion, "speed": words["speed"], "objects": objects, "order": order,
-            "camera": camera.tolist(), "background": background, "template": words.get("template", 0)}
+    return {"template": 0, **words, "objects": objects, "order": order, "camera": camera.tolist(), "background": background}
 
 
 def _paths(motion, objects, t, n, room, cap, pace, rng):
-    """The actors' paths, (T+1, 2) each, up to a common shift: n steps are shown, `room` px are free, `cap` px per frame
-    is the top speed.
-    """
+    """The actors' paths, (T+1, 2) each, up to a common shift: n steps are shown, `room` px are free, `cap` px per frame is the top speed."""
     def speed(d):  # along d, by the cap or by the room there is
         return pace * min(cap, min(room[a] / abs(d[a]) for a in (0, 1) if abs(d[a]) > 1e-9) / n)
 
@@ -306,9 +293,8 @@ def render(specs, frames, height, width, device="cpu"):
 
 def flow_between(specs, i, j, height, width, device="cpu"):
     """The exact displacement of frame i's pixels by frame j: (B, 2, H, W) px, or (B, 2, n, H, W) for n frames each."""
-    if isinstance(i, int):
-        return _draw(specs, [i], [j], height, width, device)[1][:, :, 0]
-    return _draw(specs, [int(f) for f in i], [int(f) for f in j], height, width, device)[1]
+    flow = _draw(specs, np.atleast_1d(i).tolist(), np.atleast_1d(j).tolist(), height, width, device)[1]
+    return flow[:, :, 0] if isinstance(i, int) else flow
 
 
 def _draw(specs, i, j, height, width, device):
@@ -366,8 +352,7 @@ def _background(specs, camera, at, height, width):
         for n, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
             grid = camera.new_tensor(grids[:, n:n + 1])
             on = "cpu" if grid.device.type == "mps" else grid.device  # mps has no bicubic sampling
-            noise = F.grid_sample(grid.to(on), (where * (cells * 2 / 15)).to(on), mode="bicubic", padding_mode="reflection",
-                                  align_corners=True)
+            noise = F.grid_sample(grid.to(on), (where * (cells * 2 / 15)).to(on), mode="bicubic", padding_mode="reflection", align_corners=True)
             grey = grey + amount * noise.to(grid.device).view_as(grey)
         grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
         video[rows] = 2 * grey * (1 + each("texture") * each("tint")) - 1
@@ -376,9 +361,7 @@ def _background(specs, camera, at, height, width):
 
 class MovingShapes:
     """The embedded world: ds[i] is a dict of video (3, T, H, W), flow (2, T, H, W), caption and spec.
-
-    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip.
-    """
+    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip."""
 
     def __init__(self, frames, height, width, seed=0, split="train", texture=0.0, size=1.0, basic=0.5):
         if split not in SPLITS:
@@ -429,9 +412,7 @@ def _hues(video):
 
 def track(video, color):
     """Where a colour is in (3, T, H, W): area (T,) as a share of the picture, centroid (T, 2) px, found (T,) bool.
-
-    A frame with less than 0.4 % of the colour is lost: its centroid is nan.
-    """
+    A frame with less than 0.4 % of the colour is lost: its centroid is nan."""
     nearest, saturation = _hues(video)
     weight = saturation * (nearest == list(COLORS).index(color))                                     # (T, H, W)
     area, total = (weight > 0).float().mean((1, 2)), weight.sum((1, 2))
@@ -450,14 +431,11 @@ def dominant_color(video):
 
 def direction(centroid, found):
     """The least-squares line through the found centroids: angle in degrees (0 right, 90 down), speed in px per frame.
-
-    Both are nan where fewer than 3 frames were found.
-    """
+    Both are nan where fewer than 3 frames were found."""
     if found.sum() < 3:
         return math.nan, math.nan
-    t = torch.arange(len(found), dtype=torch.float64)[found.cpu()]
-    t = t - t.mean()
-    u, v = ((t[:, None] * centroid.cpu().double()[found.cpu()]).sum(0) / (t**2).sum()).tolist()
+    t, path = found.nonzero()[:, 0].cpu(), centroid[found].cpu().double()                            # (n,), (n, 2)
+    u, v = np.polyfit(t, path - path[0], 1)[0]
     return math.degrees(math.atan2(v, u)), math.hypot(u, v)
 
 
@@ -470,7 +448,7 @@ def nearest_direction(angle):
 # Real videos. All decoding is ffmpeg's
 
 ENDINGS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
-KEPT_BYTES = 2e9                                                   # decoded windows that stay in memory: small folders are read again and again
+KEPT_BYTES = 2 * 10**9                                             # decoded windows that stay in memory: small folders are read again and again
 # imageio_ffmpeg logs a line for each reader whose filters change the size of the picture; ours all do.
 logging.getLogger("imageio_ffmpeg").addFilter(lambda record: "frame size" not in record.msg)
 
@@ -482,28 +460,27 @@ class VideoFolder:
 
     def __init__(self, root, frames, height, width, fps, flow_dir=None, raft=None):
         self.root, self.frames, self.height, self.width, self.fps = Path(root), frames, height, width, fps
-        self.flow_dir, self.raft, self.kept = flow_dir, raft, {}
+        self.flow_dir, self.raft = flow_dir, raft
+        self._pixels = functools.lru_cache(KEPT_BYTES // (3 * frames * height * width))(self._pixels)
         if not self.root.is_dir():
-            raise FileNotFoundError(f"found {'a file' if self.root.exists() else 'nothing'} at {root}, expected a folder of videos: correct data.root")
+            found = "a file" if self.root.exists() else "nothing"
+            raise FileNotFoundError(f"found {found} at {root}, expected a folder of videos: correct data.root")
         names = sorted(p.name for p in self.root.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
         if not names:
             raise ValueError(f"found no video in {root}, expected files ending in {' '.join(ENDINGS)}: put some there")
         self.captions = _read_captions(self.root, names)
 
         # A header cannot be trusted with the number of frames (that of a file cut in the middle promises them all), so each is decoded once.
-        with ThreadPoolExecutor(4) as pool:
-            count = dict(zip(names, tqdm(pool.map(self._count, names), "opening videos", len(names), disable=len(names) < 20)))
-        _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or the sound is longer: encode again")
+        counts = thread_map(self._count, names, max_workers=4, desc="opening videos", disable=len(names) < 20)
+        count = dict(zip(names, counts))
+        _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or longer sound: encode again")
         _warn([n for n in names if 0 <= count[n] < frames], f"skipped, shorter than {frames} frames at {fps} fps", "lower `frames` or raise `fps`")
         self.windows = [(n, start) for n in names for start in range(0, count[n] - frames + 1, frames)]
         if not self.windows:
             raise ValueError(f"found no usable one among {len(names)} videos in {root}, expected {frames} frames at {fps} fps: see the warnings")
         # Stored flow goes by what is in the file and in the RAFT, not by dates: a copied folder keeps it, an edited clip loses it.
-        self.prints = {n: _print(self.root / n) for n in dict(self.windows)}
-        self.raft_print = "*"                                      # without a RAFT, the flow of any
-        if raft is not None:
-            weights = torch.cat([p.detach().float().flatten().cpu() for p in raft.state_dict().values()])
-            self.raft_print = f"{zlib.crc32(weights.numpy()):08x}"
+        self.prints = {n: zlib.crc32(np.memmap(self.root / n, mode="r")) for n in dict(self.windows)}
+        self.raft_print = checksum(raft.state_dict())[:8] if raft else None
 
     def __len__(self):
         return len(self.windows)
@@ -512,20 +489,17 @@ class VideoFolder:
         if not 0 <= i < len(self):
             raise IndexError(f"found index {i}, expected 0 to {len(self) - 1}")
         name, start = self.windows[i]
-        video = self._pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1                                       # (3, T, H, W)
+        video = self._pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1            # (3, T, H, W)
         return dict(video=video, caption=self.captions[name], name=f"{name}:{start}")
 
     def prompts(self):
         """The folder's own captions, each once, to look at."""
         return sorted({self.captions[name] for name, _ in self.windows})
 
-    @torch.no_grad()
     def batch(self, indices, device="cpu"):
         """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
-        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px); without flow_dir, each time.
-        ValueError where the flow is not stored and there is no RAFT."""
-        with ThreadPoolExecutor(4) as pool:                        # threads suffice: the work is done in ffmpeg's own processes
-            items = list(pool.map(self.__getitem__, indices))
+        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without a RAFT."""
+        items = thread_map(self.__getitem__, indices, max_workers=4, disable=True)      # threads suffice: the work is done by ffmpeg processes
         video = torch.stack([item["video"] for item in items]).to(device)                                     # (B, 3, T, H, W)
         d = torch.stack([self._flow(i, clip) for i, clip in zip(indices, video)]).to(device)                  # (B, 2, T, H, W) float16
         return dict(video=video, flow=d.float(), caption=[item["caption"] for item in items])
@@ -552,39 +526,30 @@ class VideoFolder:
 
     def _pixels(self, i):
         """Window i as (T, H, W, 3) uint8."""
-        if i not in self.kept:
-            name, start = self.windows[i]
-            with closing(self._decode(name, start, start + self.frames)) as stream:
-                data = bytearray().join([frame for frame in stream][1:])
-            if len(data) != self.frames * self.height * self.width * 3:
-                raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
-            window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
-            if (len(self.kept) + 1) * len(data) > KEPT_BYTES:
-                return window
-            self.kept[i] = window
-        return self.kept[i]
+        name, start = self.windows[i]
+        with closing(self._decode(name, start, start + self.frames)) as stream:
+            data = bytearray().join([frame for frame in stream][1:])
+        if len(data) != self.frames * self.height * self.width * 3:
+            raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
+        return torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
 
     def _flow(self, i, video):
         """Optical flow (2, T, H, W) of window i, video (3, T, H, W), as float16: read where it is stored, else estimated and stored."""
         name, start = self.windows[i]
-        stem = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps-{self.prints[name]}-"
-        stem = os.path.join(self.flow_dir or "", stem)
-        for path in sorted(glob.glob(glob.escape(stem) + self.raft_print + ".npy")) if self.flow_dir else ():
-            try:
-                d = torch.from_numpy(np.load(path))
-            except (OSError, ValueError, EOFError):                # torn, by a full disk or half a copy: estimated again below
-                continue
+        if self.raft is None:
+            raise ValueError(f"found no RAFT for the flow of {name}:{start} in {self.root}, expected one: set flow.weights to a RAFT file, or "
+                             "let train.py fetch torchvision's")
+        window = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps"
+        path = Path(self.flow_dir, f"{window}-{self.prints[name]:08x}-{self.raft_print}.npy")
+        with suppress(OSError, ValueError, EOFError):              # not there, or torn by a full disk or half a copy
+            d = torch.from_numpy(np.load(path))
             if d.shape == (2, *video.shape[1:]) and d.dtype == torch.float16:
                 return d
-        if self.raft is None:
-            raise ValueError(f"found no flow of {name}:{start} in {self.flow_dir}, expected it there or a RAFT to estimate it: set flow.weights "
-                             "to a RAFT file, or let train.py fetch torchvision's")
         d = estimate_flow(video[None], self.raft)[0].half().cpu()
-        if self.flow_dir:
-            os.makedirs(self.flow_dir, exist_ok=True)
-            with open(f"{stem}{os.environ.get('RANK', 0)}-{os.getpid()}.tmp", "wb") as file:
-                np.save(file, d.numpy())
-            os.replace(file.name, f"{stem}{self.raft_print}.npy")  # whole or not at all, whatever kills this run or another rank
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.{os.environ.get('RANK', 0)}-{os.getpid()}.tmp", "wb") as file:
+            np.save(file, d.numpy())
+        os.replace(file.name, path)                                # whole or not at all, whatever kills this run or another rank
         return d
 
 
@@ -598,33 +563,30 @@ def _read_captions(root, names):
         captions[row["file_name"]] = row["text"].strip()
     _warn(sorted(captions.keys() - set(names)), f"named in {table} but not there", "correct file_name")
     for n in names:
-        beside = (root / n).with_suffix(".txt")
-        captions[n] = captions.get(n) or (_text(beside).strip() if beside.is_file() else "")
+        captions[n] = captions.get(n) or _text((root / n).with_suffix(".txt")).strip()
     _warn([n for n in names if not captions[n]], "without a caption", "used with the empty one")
     return captions
 
 
 def _rows(table):
     """Yields (line number, row) of a .csv or a .jsonl; a line that is no JSON comes as the text it is."""
-    lines = io.StringIO(_text(table), newline="")                  # as a file would: a caption may hold other line separators
+    lines = io.StringIO(_text(table))                              # not splitlines: a caption may hold other separators
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
         yield from ((reader.line_num, row) for row in reader)
-        return
-    for line, text in enumerate(lines, 1):
-        try:
-            yield line, json.loads(text)
-        except json.JSONDecodeError:
-            if text.strip():
-                yield line, text
+    for line, row in enumerate(lines, 1):                          # of a .csv none are left
+        if row.strip():
+            with suppress(json.JSONDecodeError):
+                row = json.loads(row)
+            yield line, row
 
 
 def _text(path):
-    """The text of a caption file; ValueError where it is not UTF-8."""
+    """The text of a caption file, "" where there is none; ValueError where it is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")               # -sig: spreadsheets put a mark in front
+        return path.read_text("utf-8-sig") if path.is_file() else ""           # -sig: spreadsheets put a mark in front
     except UnicodeDecodeError as error:
-        raise ValueError(f"found bytes in {path} that are not UTF-8 ({error.reason} at {error.start}), expected UTF-8: save it as that") from None
+        raise ValueError(f"found bytes in {path} that are not UTF-8 ({error}), expected UTF-8: save it as that") from None
 
 
 def _warn(names, problem, advice):
@@ -632,15 +594,6 @@ def _warn(names, problem, advice):
     if names:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         warnings.warn(f"{len(names)} file(s) {problem}: {', '.join(names[:20])}{more} ({advice})", stacklevel=3)
-
-
-def _print(path):
-    """Eight digits that change with the size or the first megabyte of a file."""
-    with open(path, "rb") as file:
-        return f"{zlib.crc32(file.read(2**20), path.stat().st_size & 0xffffffff):08x}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def open_data(config, split="train", device="cpu"):
@@ -669,119 +622,104 @@ def encode(tae, got, sigma):
 
 def in_chunks(start, stop, config):
     """range(start, stop) in pieces of as many clips as are encoded at once: 1 to 32."""
-    n = PIXELS_AT_ONCE // (min(config["frames"], config["tae"]["tile"]) * config["height"] * config["width"])
-    n = max(1, min(32, n))
+    n = min(32, PIXELS_AT_ONCE // (min(config["frames"], config["tae"]["tile"]) * config["height"] * config["width"])) or 1
     return [range(i, min(i + n, stop)) for i in range(start, stop, n)]
 
 
+def encode_file(config, tae, clips, device, k, n, text=None):
+    """File k of the latents of n clips -> dict: z (b, 2C, T, H, W) float16, b captions, each text encoder's features (b, L, D) float16 and masks."""
+    z, captions = [], []                                           # the TAE's batches are smaller than a file
+    for chunk in in_chunks(k * CLIPS_PER_FILE, min((k + 1) * CLIPS_PER_FILE, n), config):
+        got = clips.batch(chunk, device)
+        z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
+        captions += got["caption"]
+    features, masks = text(captions) if text else ((), ())
+    return dict(z=torch.cat(z), caption=captions, features=[f.half().cpu() for f in features], masks=[m.cpu() for m in masks])
+
+
+def latent_files(config, tae, clips):
+    """What the files in <run>/latents depend on, and their paths, made or not; ValueError where those there depend on something else."""
+    n, what = config["data"]["cache"], [config["seed"], config["world"]]
+    if config["data"]["root"]:
+        n, what = len(clips), [clips.windows, clips.prints, clips.captions, config["fps"]]
+    frozen, size = config["text"]["frozen"], [config["frames"], config["height"], config["width"]]
+    own = dict(tae=checksum(tae.state_dict()), size=size, clips=n, sigma=config["flow"]["sigma"],
+               data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=frozen and [*frozen, config["text"]["length"]])
+    folder = Path(config["run"], "latents")
+    found = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else own
+    for key in own:
+        if found.get(key) != own[key]:
+            raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, expected {own[key]}; delete it, then make it "
+                             "again with data.py if you like")
+    return own, [folder / f"{k:05d}.pt" for k in range(math.ceil(n / CLIPS_PER_FILE))]
+
+
 class Latents:
-    """z and captions by clip number; n clips, 0: endless. [0, 5] -> z (2, 2C, T, H, W) float, two captions, stored text features and masks or None. From
-    1. the files in <run>/latents that data.py wrote, by memory map; else 2. memory, where no more than data.cache clips are encoded now, by every rank for itself;
-    else 3. encoded when asked for. ValueError for files that are not finished, or made by another TAE, of other clips or sizes."""
+    """z and captions by clip number; n clips, 0: endless. [0, 5] -> z (2, 2C, T, H, W) float, two captions, stored text features and masks or None.
+    From the files that data.py wrote, by memory map; else from memory, where no more than data.cache clips are encoded now, by every rank for
+    itself; else encoded when asked for. ValueError for files that are not finished, or made by another TAE, of other clips or sizes."""
 
     def __init__(self, config, tae, clips, device, bar=True):
         self.tae, self.clips, self.device, self.sigma = tae, clips, device, config["flow"]["sigma"]
-        self.n = len(clips) if config["data"]["root"] else config["data"]["cache"]
-        self.folder, self.files, self.kept = Path(config["run"], "latents"), {}, None
-        self.stored = (self.folder / "index.json").exists()
-        if self.stored:
-            self.check(config)
+        own, paths = latent_files(config, tae, clips)
+        self.n, self.files, folder = own["clips"], [], Path(config["run"], "latents")
+        if (folder / "index.json").exists():
+            missing = sum(not path.exists() for path in paths)
+            if missing:
+                raise ValueError(f"{folder} is not finished, {missing} of its files are missing: torchrun data.py run={config['run']} goes on, "
+                                 "or delete it")
+            # Mapped, not read: of a file only the rows that are used come into memory.
+            self.files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
         elif 0 < self.n <= config["data"]["cache"]:
-            chunks = in_chunks(0, self.n, config)
-            got = [self.fresh(chunk) for chunk in tqdm(chunks, desc="encoding", unit_scale=len(chunks[0]), unit="clip", disable=not bar, dynamic_ncols=True)]
-            self.kept = torch.cat([z.half() for z, _ in got]), [text for _, captions in got for text in captions]
-
-    def check(self, config):
-        found, expected = json.loads((self.folder / "index.json").read_text()), identity(config, self.tae, self.clips, self.n)
-        for key in expected:
-            if found.get(key) != expected[key]:
-                raise ValueError(f"{self.folder} was made with another {key}: found {found.get(key)}, expected {expected[key]}; delete it, and make it again with data.py if you like")
-        missing = [k for k in range(math.ceil(self.n / CLIPS_PER_FILE)) if not (self.folder / f"{k:05d}.pt").exists()]
-        if missing:
-            raise ValueError(f"{self.folder} is not finished, {len(missing)} of its files are missing: torchrun data.py run={config['run']} goes on, or delete it")
-
-    def fresh(self, indices):
-        got = self.clips.batch(indices, self.device)
-        return encode(self.tae, got, self.sigma), got["caption"]
+            numbers = tqdm(range(len(paths)), f"encoding {self.n} clips", unit="file", disable=not bar, dynamic_ncols=True)
+            self.files = [encode_file(config, tae, clips, device, k, self.n) for k in numbers]
 
     def __call__(self, indices):
-        if self.stored:
-            return self.read(indices)
-        z, captions = (self.kept[0][indices].float(), [self.kept[1][i] for i in indices]) if self.kept else self.fresh(indices)
-        return z, captions, None
-
-    def read(self, indices):
-        rows = []
-        for i in indices:
-            k, row = divmod(i, CLIPS_PER_FILE)
-            if k not in self.files:  # mapped, not read: of a file only the rows that are used come into memory
-                self.files[k] = torch.load(self.folder / f"{k:05d}.pt", mmap=True, weights_only=True)
-            rows.append((self.files[k], row))
+        if not self.files:
+            got = self.clips.batch(indices, self.device)
+            return encode(self.tae, got, self.sigma), got["caption"], None
+        rows = [(self.files[i // CLIPS_PER_FILE], i % CLIPS_PER_FILE) for i in indices]
         z, captions = torch.stack([file["z"][row] for file, row in rows]).float(), [file["caption"][row] for file, row in rows]
-        encoders = range(len(rows[0][0]["features"]))
-        if not encoders:
-            return z, captions, None
-        features, masks = ([torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks"))
-        return z, captions, (features, masks)
-
-
-def identity(config, tae, clips, n):
-    """What stored latents depend on: they are refused where one of these differs."""
-    what = [clips.windows, clips.prints, clips.captions, config["fps"]] if config["data"]["root"] else [config["seed"], config["world"]]
-    return dict(tae=checksum(tae.state_dict()), size=[config["frames"], config["height"], config["width"]], clips=n, sigma=config["flow"]["sigma"],
-                data=f"{zlib.crc32(json.dumps(what).encode()):08x}", text=[*config["text"]["frozen"], config["text"]["length"]] if config["text"]["frozen"] else [])
+        encoders = range(len(self.files[0]["features"]))
+        stored = [[torch.stack([file[key][e][row] for file, row in rows]) for e in encoders] for key in ("features", "masks")]
+        return z, captions, stored if encoders else None
 
 
 def run_config(config, argv):
-    """The run folder's own config (the command line's, where only a tae.pt was put there); ValueError where the command line wants other clips."""
+    """The run folder's own config (the command line's, where it has none); ValueError where the command line wants other clips."""
     run = Path(config["run"])
-    if not (run / "config.json").exists() and not (run / "tae.pt").exists():
-        raise ValueError(f"{run} is no run folder (it has no config.json): train the TAE first: python train.py {' '.join(argv)} stages=tae")
     if not (run / "config.json").exists():
         return config
     stored = read_config(run / "config.json")
-    old, wanted = flatten(stored), flatten(config)
+    old, new = flatten(stored), flatten(config)
     for key in (text.partition("=")[0].strip() for text in argv):
-        if key.split(".")[0] in ("seed", "frames", "height", "width", "fps", "data", "world", "flow", "text") and old.get(key) != wanted[key]:
-            raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={wanted[key]!r}: give the old value, or another run=folder")
+        if key.split(".")[0] in ("seed", "frames", "height", "width", "fps", "data", "world", "flow", "text") and old[key] != new[key]:
+            raise ValueError(f"{run} was made with {key}={old[key]!r}, found {key}={new[key]!r}: give the old value, or another run=folder")
     return {**stored, "run": config["run"], "device": config["device"]}
 
 
 def write_latents(config, rank=0, world=1):
-    """z (float16) and caption of every clip, and the features of frozen text encoders, in <run>/latents: CLIPS_PER_FILE in a file, each of one rank.
-
-    A file stands under its name when it is whole; those are kept when the command runs again. ValueError for a folder of another TAE, data or size.
-    """
+    """The latents of every clip and the features of frozen text encoders in <run>/latents, each file by one rank. A file stands under its name
+    when it is whole; those are kept when the command runs again. ValueError for a folder of another TAE, data or size."""
     run, device = Path(config["run"]), find_device(config["device"])
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     tae = load_into(build_tae(config), read_weights(run / "tae.pt")["weights"], run / "tae.pt").to(device).eval()
     text = build_text(config).to(device) if config["text"]["frozen"] else None  # ours is trained with the DiT
     clips = open_data(config, "train", device)
-    n, folder = len(clips) if config["data"]["root"] else config["data"]["cache"], run / "latents"
-    if n == 0:
-        raise ValueError(f"{run} was made with data.cache=0: found an endless world, expected a number of clips to encode: make a run with data.cache=10000")
-    index, own = folder / "index.json", identity(config, tae, clips, n)
-    if index.exists() and (found := json.loads(index.read_text())) != own:
-        key = next(key for key in own if found.get(key) != own[key])
-        raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, expected {own[key]}; delete it first")
+    own, paths = latent_files(config, tae, clips)
+    if not paths:
+        raise ValueError(f"{run} was made with data.cache=0: found an endless world, expected a number of clips to encode: make a run with "
+                         "data.cache=10000")
+    folder, temporary = paths[0].parent, paths[0].with_name(f"index.{rank}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = index.with_suffix(f".{rank}.tmp")
     temporary.write_text(json.dumps(own, indent=1))
-    os.replace(temporary, index)
-    todo = [k for k in range(rank, math.ceil(n / CLIPS_PER_FILE), world) if not (folder / f"{k:05d}.pt").exists()]
-    for k in tqdm(todo, desc=f"encoding {n} clips", unit="file", disable=rank > 0, dynamic_ncols=True):
-        z, captions, features, masks = [], [], [], []
-        for chunk in in_chunks(k * CLIPS_PER_FILE, min((k + 1) * CLIPS_PER_FILE, n), config):
-            got = clips.batch(chunk, device)
-            z.append(encode(tae, got, config["flow"]["sigma"]).half().cpu())
-            captions += got["caption"]
-            for store, tensors in zip((features, masks), text(got["caption"]) if text else ()):
-                store.append([x.cpu() for x in tensors])
-        columns = lambda rows: [torch.cat(column) for column in zip(*rows)]     # chunks of encoders -> encoders
-        save(folder / f"{k:05d}.pt", dict(z=torch.cat(z), caption=captions, features=[f.half() for f in columns(features)], masks=columns(masks)))
+    os.replace(temporary, folder / "index.json")
+    todo = [k for k in range(rank, len(paths), world) if not paths[k].exists()]
+    for k in tqdm(todo, f"encoding {own['clips']} clips", unit="file", disable=rank > 0, dynamic_ncols=True):
+        save(paths[k], encode_file(config, tae, clips, device, k, own["clips"], text))
     if rank == 0:
-        print(f"{folder}: {n} clips" + (f", as soon as the other {world - 1} ranks are done" if world > 1 else ""))
+        print(f"{folder}: {own['clips']} clips" + (f", as soon as the other {world - 1} ranks are done" if world > 1 else ""))
 
 
 def main(argv=None):
