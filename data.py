@@ -347,16 +347,23 @@ def _background(specs, camera, at, height, width):
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)
         y = (torch.arange(height, device=at.device)[:, None] - pan[:, 1]) / side - 0.5               # (b, T, H, 1)
         grey = 2 * (each("light")[:, 0] * x + each("light")[:, 1] * y) - 0.2                         # (b, T, H, W)
-        grids = np.stack([np.random.default_rng(g["seed"]).uniform(-1, 1, (3, 16, 16)) for g in ground])
-        where = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(1, 2)                         # (b, T H, W, 2)
-        for n, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
-            grid = camera.new_tensor(grids[:, n:n + 1])
-            on = "cpu" if grid.device.type == "mps" else grid.device  # mps has no bicubic sampling
-            noise = F.grid_sample(grid.to(on), (where * (cells * 2 / 15)).to(on), mode="bicubic", padding_mode="reflection", align_corners=True)
-            grey = grey + amount * noise.to(grid.device).view_as(grey)
+        if each("texture").any():  # nothing of it is left on a plain background
+            grey = _add_noise(grey, ground, x, y)
         grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
         video[rows] = 2 * grey * (1 + each("texture") * each("tint")) - 1
     return video
+
+
+def _add_noise(grey, ground, x, y):
+    """grey (b, T, H, W) and noise at three scales, each background's own, at the places x (b, T, 1, W), y (b, T, H, 1): (b, T, H, W)."""
+    on = "cpu" if grey.device.type == "mps" else grey.device       # mps has no bicubic sampling
+    grids = np.stack([np.random.default_rng(g["seed"]).uniform(-1, 1, (3, 16, 16)) for g in ground])
+    grids = torch.tensor(grids, dtype=grey.dtype, device=on)                                         # (b, 3, 16, 16)
+    where = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(1, 2).to(on)                      # (b, T H, W, 2)
+    for n, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
+        noise = F.grid_sample(grids[:, n:n + 1], where * (cells * 2 / 15), mode="bicubic", padding_mode="reflection", align_corners=True)
+        grey = grey + amount * noise.to(grey.device).view_as(grey)
+    return grey
 
 
 class MovingShapes:
