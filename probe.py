@@ -36,6 +36,7 @@ import sample
 import train
 
 NOISE = types.SimpleNamespace(place=0.06, size=0.04, turn=0.06)                 # of a measurement: px, log radius, radians per frame
+SPAN = 1.1                                                                      # half-width of a shape's template, in square roots of its area
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,26 +67,31 @@ def see(video, color):
     nearest, saturation = data._hues(video)
     same = nearest == list(data.COLORS).index(color)
     mask = saturation * same
-    area, centroid, found = data.track(video, color)
+    area, _, found = data.track(video, color)
     rgb = (video.clamp(-1, 1) + 1) / 2
     value = rgb.amax(0)
     # The centroid to a tenth of a pixel needs the half-covered rim, which the mask leaves out: its saturation says how far it is covered.
     soft = (value - rgb.amin(0)) / value.clamp(min=1e-6) * same * widest((mask > 0).float())
     ys, xs = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[2])
-    centroid = torch.where(found[:, None], torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None], centroid)
+    centroid = torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None]
+    centroid[~found] = math.nan
     return types.SimpleNamespace(mask=mask, area=area * mask[0].numel(), centroid=centroid, found=found, value=value)
 
 
-def crop(images, centre, side, angles, points=25):
-    """(n, H, W) sampled on squares of half-width `side` (n,) px around `centre` (n, 2), turned by each of `angles` (n, K): (n, K, points, points)."""
+def look(images, x, y):
+    """Images (n, C, H, W) read between their pixels, at x, y (n, ...) px: (n, C, ...)."""
     H, W = images.shape[-2:]
+    at = torch.stack([2 * x / (W - 1) - 1, 2 * y / (H - 1) - 1], dim=-1).float()
+    return F.grid_sample(images, at, align_corners=True)
+
+
+def crop(images, centre, side, angles, points=25):
+    """(n, H, W) on squares of half-width `side` (n,) px around `centre` (n, 2), turned by each of `angles` (n, K): (n, K, points, points)."""
     r = torch.linspace(-1, 1, points)
     y, x = torch.meshgrid(r, r, indexing="ij")                                  # (points, points)
-    cos, sin = angles.cos()[:, :, None, None], angles.sin()[:, :, None, None]   # (n, K, 1, 1)
+    x, y = data._rotate(x, y, angles[:, :, None, None])                         # (n, K, points, points)
     u, v, side = (w.view(-1, 1, 1, 1) for w in (*centre.unbind(1), side))
-    u, v = u + side * (cos * x - sin * y), v + side * (sin * x + cos * y)       # (n, K, points, points)
-    at = torch.stack([2 * u / (W - 1) - 1, 2 * v / (H - 1) - 1], dim=-1).flatten(1, 2)
-    return F.grid_sample(images[:, None], at.float(), align_corners=True)[:, 0].unflatten(1, (-1, points))
+    return look(images[:, None], (u + side * x).flatten(1, 2), (v + side * y).flatten(1, 2))[:, 0].unflatten(1, (-1, points))
 
 
 def turns(seen, limit=40, count=81):
@@ -103,10 +109,7 @@ def turns(seen, limit=40, count=81):
     return angles[k] + (angles[1] - angles[0]) * (0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)).clamp(-0.5, 0.5)
 
 
-SPAN = 1.1                                                                      # half-width of a template, in square roots of the area
-
-
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def templates():
     """The world's shapes at 24 angles each, with unit area and centred on their centroid: (shapes, 24, points, points)."""
     r = torch.linspace(-1.5, 1.5, 301)
@@ -141,66 +144,56 @@ def parts(mask, least=3):
 # ---------------------------------------------------------------------------------------------------------------------
 # Naming a motion: least squares of the tracks to every law, the best by Bayes' information criterion.
 
-@functools.lru_cache(maxsize=8)
-def laws(T, pair):
-    """name -> (its designs (L, T, P, k), the parameters beside the k linear ones). P = 2 numbers per frame, x and y, or 4 for a pair."""
-    t, n = torch.arange(T, dtype=torch.float64), max(T - 1, 1)
-    zero, one, table = torch.zeros(T, dtype=torch.float64), torch.ones(T, dtype=torch.float64), {}
+@functools.cache
+def laws(T, pair, slow):
+    """name -> (its designs (L, T, P, k), the parameters beside the k linear ones, does a fit (k,) deserve the name?).
 
-    def add(name, *columns, extra=0):                                           # a column is one function of t per number
-        still = [[one if i == j else zero for i in range(len(columns[0]) if columns else 2)] for j in range(len(columns[0]) if columns else 2)]
-        design = torch.stack([torch.stack(c, dim=1) for c in still + list(columns)], dim=2)
-        table.setdefault(name, ([], extra))[0].append(design)
+    P = 2 numbers per frame, x and y, or 4 for a pair; `slow` px per frame is hardly a motion.
+    """
+    t, n, P, table = torch.arange(T, dtype=torch.float64), max(T - 1, 1), 4 if pair else 2, {}
 
-    x, y = lambda f: [f, zero], lambda f: [zero, f]
+    def only(i, f):                                                             # f(t) in number i, 0 in the others
+        column = torch.zeros(T, P, dtype=torch.float64)
+        column[:, i] = f
+        return column                                                           # (T, P)
+
+    def add(name, *columns, movers=1, extra=0, allowed=lambda p: True):
+        place = [only(i, 1) for i in range(P)]                                  # where the movers start, how they move, where the other one rests
+        design = torch.stack([*place[:2 * movers], *columns, *place[2 * movers:]], dim=2)      # (T, P, k)
+        table.setdefault(name, ([], extra, allowed))[0].append(design)
+
     add("still")
-    add("line", x(t), y(t))
-    add("falling", y(t ** 2))
-    add("thrown", x(t), y(t), y(t ** 2))
-    wave = (2 * (t / n * 2 % 1) - 1).abs()
-    add("zigzag", x(t), y(t), x(wave), y(wave))
-    for hit in np.linspace(0.22, 0.38, 9) * n:                                  # the frame of the first bounce; heights in units of the drop
-        arcs, start, v = [], -hit, 2 / hit
-        for _ in range(10):
-            arcs.append(v * (t - start) - ((t - start) / hit) ** 2)
-            start, v = start + v * hit ** 2, data.RESTITUTION * v
-        add("bouncing", x(t), y(-torch.stack(arcs).amax(0)), extra=1)
+    add("line", only(0, t), only(1, t))
     for sweep in np.linspace(0.8, 6.6, 30):                                     # radians in all
         for sign, turn in zip((1, -1), data.TURNS):
             cos, sin = (sweep / n * t).cos(), sign * (sweep / n * t).sin()
-            add(f"orbiting {turn}", [cos, sin], [-sin, cos], extra=1)
-    if pair:                                                                    # the second object: at rest in all of the above
-        rest = lambda design: torch.cat([F.pad(design, (0, 0, 0, 2)), torch.stack([torch.stack([zero, zero, one, zero], 1),
-                                                                                  torch.stack([zero, zero, zero, one], 1)], 2)], dim=2)
-        table = {name: ([rest(design) for design in designs], extra) for name, (designs, extra) in table.items()
-                 if name in ("still", "line") or "orbit" in name}
-        axis = lambda i, f: [f if i == j else zero for j in range(4)]
-        add("crossing", *(axis(i, t) for i in range(4)))
+            add(f"orbiting {turn}", only(0, cos) + only(1, sin), only(0, -sin) + only(1, cos), extra=1)
+    if pair:
+        add("crossing", *(only(i, t) for i in range(4)), movers=2, allowed=lambda p: min(p[4:6].norm(), p[6:8].norm()) > slow)
         for i in (0, 1):
             for hit in np.linspace(0.35, 0.65, 13) * n:                         # equal masses: they exchange their velocities
                 before, after = (t - hit).clamp(max=0), (t - hit).clamp(min=0)
-                first, second = axis(i, before), axis(i, after)
-                first[i + 2], second[i + 2] = after, before
-                add("colliding", first, second, extra=2)
-    return {name: (torch.stack(designs), extra) for name, (designs, extra) in table.items()}
+                add("colliding", only(i, before) + only(i + 2, after), only(i, after) + only(i + 2, before), movers=2, extra=2)
+    else:
+        add("falling", only(1, t ** 2), allowed=lambda p: p[2] > 0)
+        up_first = lambda p: p[4] > 0 and -p[3] / (2 * p[4]) > 0.15             # the apex lies within the clip
+        add("thrown", only(0, t), only(1, t), only(1, t ** 2), allowed=up_first)
+        wave = (2 * (t / n * 2 % 1) - 1).abs()
+        add("zigzag", only(0, t), only(1, t), only(0, wave), only(1, wave))
+        for hit in np.linspace(0.22, 0.38, 9) * n:                              # the frame of the first bounce; heights in units of the drop
+            arcs, start, v = [], -hit, 2 / hit
+            for _ in range(10):
+                arcs.append(v * (t - start) - ((t - start) / hit) ** 2)
+                start, v = start + v * hit ** 2, data.RESTITUTION * v
+            add("bouncing", only(0, t), only(1, -torch.stack(arcs).amax(0)), extra=1, allowed=lambda p: p[3] > 0)
+    return {name: (torch.stack(designs), extra, allowed) for name, (designs, extra, allowed) in table.items()}
 
 
 def solve(design, target, weight):
     """Weighted least squares of (..., N, k) to (N,): parameters (..., k) and the weighted sum of squares (...)."""
     w = weight.sqrt()
-    p = torch.linalg.pinv(design * w[:, None], rtol=1e-10) @ (target * w)       # lstsq's default driver goes astray where a partner is lost: rank too low
+    p = torch.linalg.pinv(design * w[:, None], rtol=1e-10) @ (target * w)       # lstsq goes astray where a lost partner takes rank away
     return p, ((design @ p[..., None])[..., 0] - target).square().mul(weight).sum(-1)
-
-
-def allowed(name, p, slow):
-    """Does the fitted law deserve its name? p (k,) begins with the place; `slow` px per frame is hardly a motion."""
-    if name == "falling":
-        return p[2] > 0
-    if name == "thrown":                                                        # up first: the apex lies within the clip
-        return p[4] > 0 and -p[3] / (2 * p[4]) > 0.15
-    if name == "bouncing":
-        return p[3] > 0
-    return name != "crossing" or min(p[4:6].norm(), p[6:8].norm()) > slow
 
 
 def name_motion(objects, turn, slow):
@@ -210,40 +203,40 @@ def name_motion(objects, turn, slow):
     laws are those of a pair, a line and standing still; without, all others.
     """
     T, pair = len(objects[0].area), len(objects) > 1
-    usual = [o.area[o.found].quantile(0.9) if o.found.any() else 1 for o in objects]
-    weight = [o.found.double() * torch.where(o.area < 0.85 * m, 0.02, 1.0) if pair else o.found.double() for o, m in zip(objects, usual)]      # half hidden
-    target = torch.cat([o.centroid for o in objects], 1).double().nan_to_num().flatten() / NOISE.place
-    weights = torch.stack(weight, 1).repeat_interleave(2, 1).flatten()
-    time, ones = torch.arange(T, dtype=torch.float64), torch.ones(T, dtype=torch.float64)
-    size = 0.5 * objects[0].area.double().clamp(min=1e-3).log() / NOISE.size
-    both = torch.minimum(weight[0][1:], weight[0][:-1])
-    (_, steady), (growth, grows) = solve(ones[:, None], size, weight[0]), solve(torch.stack([ones, time], 1), size, weight[0])
-    rests, (spin, spins) = (turn.double() / NOISE.turn).square().mul(both).sum(), solve(ones[1:, None], turn.double() / NOISE.turn, both)
-    spinning = f"spinning {data.TURNS[int(spin[0] < 0)]}"
-    N, best, residual = target.numel() + 2 * T - 1, {}, {}
 
-    def enter(name, rss, k):
-        best[name] = min(best.get(name, math.inf), (N * (1 + rss / N).log() + k * math.log(N)).item())
+    def weigh(o):                                                               # one of a pair that is half hidden counts little
+        whole = 0.85 * o.area[o.found].quantile(0.9) if pair and o.found.any() else 0
+        return o.found.double() * torch.where(o.area < whole, 0.02, 1.0)        # (T,)
 
-    for name, (designs, extra) in laws(T, pair).items():
-        p, rss = solve(designs.flatten(1, 2), target, weights)
-        for i in rss.argsort()[:5]:
-            if allowed(name, p[i] * NOISE.place, slow) and (pair or "orbit" not in name):
-                enter(name, rss[i] + steady + rests, designs.shape[-1] + extra)
-                break
-        residual[name] = NOISE.place * (rss.min() / weights.sum().clamp(min=1)).sqrt().item()
+    place = torch.cat([o.centroid for o in objects], 1).double().nan_to_num().flatten() / NOISE.place           # (T P,)
+    weights = torch.stack([weigh(o) for o in objects], 1).repeat_interleave(2, 1).flatten()                     # (T P,)
+    size, turn, own = 0.5 * objects[0].area.double().clamp(min=1e-3).log() / NOISE.size, turn.double() / NOISE.turn, weigh(objects[0])
+    both, one, time = torch.minimum(own[1:], own[:-1]), torch.ones(T, 1, dtype=torch.float64), torch.arange(T, dtype=torch.float64)
+    (_, steady), (growth, grows) = solve(one, size, own), solve(torch.cat([one, time[:, None]], 1), size, own)
+    rests, (spin, spins) = turn.square().mul(both).sum(), solve(one[1:], turn, both)
+    spinning, growing = f"spinning {data.TURNS[int(spin[0] < 0)]}", "growing" if growth[1] > 0 else "shrinking"
+    found, residual = [], {}                                                    # (name, sum of squares, parameters); law -> px
+    rms = lambda rss: NOISE.place * (rss / weights.sum().clamp(min=1)).sqrt().item()
+
+    for name, (designs, extra, allowed) in laws(T, pair, slow).items():
+        p, rss = solve(designs.flatten(1, 2), place, weights)                   # (L, k), (L,)
+        k, residual[name] = designs.shape[-1] + extra, rms(rss.min())
+        if pair or "orbit" not in name:
+            found += [(name, rss[i] + steady + rests, k) for i in rss.argsort()[:5] if allowed(p[i] * NOISE.place)][:1]
         if not pair and name in ("still", spinning.replace("spinning", "orbiting")):            # a turning triangle's centroid goes round
-            enter(spinning, rss.min() + steady + spins, designs.shape[-1] + extra + 1)
-        if name == "still" and not pair:
-            enter("growing" if growth[1] > 0 else "shrinking", rss.min() + grows + rests, designs.shape[-1] + 1)
+            found.append((spinning, rss.min() + steady + spins, k + 1))
+        if not pair and name == "still":
+            found.append((growing, rss.min() + grows + rests, k + 1))
             radius = (size * NOISE.size).exp()                                  # a triangle's centroid lies below its middle: it moves with the size
-            column = torch.stack([torch.zeros_like(radius), radius], 1)
-            p2, rss2 = solve(torch.cat([designs[0], column[..., None]], 2).flatten(0, 1), target, weights)
-            enter("growing" if growth[1] > 0 else "shrinking", rss2 + grows + rests, designs.shape[-1] + 2)
-            residual["growing"] = residual["shrinking"] = NOISE.place * (rss2 / weights.sum().clamp(min=1)).sqrt().item()
-    for turn in data.TURNS:
-        residual[f"spinning {turn}"] = min(residual["still"], residual[f"orbiting {turn}"])
-    return min(best, key=best.get), residual, (spin[0] * NOISE.turn).item()
+            column = torch.stack([torch.zeros_like(radius), radius], 1)         # (T, P)
+            _, rss = solve(torch.cat([designs[0], column[..., None]], 2).flatten(0, 1), place, weights)
+            found.append((growing, rss + grows + rests, k + 2))
+            residual["growing"] = residual["shrinking"] = rms(rss)
+    for way in data.TURNS:
+        residual[f"spinning {way}"] = min(residual["still"], residual[f"orbiting {way}"])
+    N = 2 * T * len(objects) + 2 * T - 1                                        # measurements
+    criterion = lambda law: N * (1 + law[1] / N).log() + law[2] * math.log(N)
+    return min(found, key=criterion)[0], residual, (spin[0] * NOISE.turn).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,16 +244,15 @@ def name_motion(objects, turn, slow):
 
 def tracked_flow(seen, turn, step=1):
     """The object's pixels carried along by its measured motion over `step` frames, 0 elsewhere: (2, T-step, H, W) px."""
-    T, H, W = seen.mask.shape
+    H, W = seen.mask.shape[1:]
+    column = lambda x: x.view(-1, 1, 1)                                         # (T-step,) -> (T-step, 1, 1)
     c, c2 = seen.centroid[:-step].nan_to_num(), seen.centroid[step:].nan_to_num()
-    grow = (seen.area[step:] / seen.area[:-step].clamp(min=1)).sqrt().view(-1, 1, 1)
-    angle = F.avg_pool1d(turn[None], step, 1)[0].view(-1, 1, 1) * step                         # the turns of these frames, added
-    ys, xs = torch.arange(H)[:, None], torch.arange(W)
-    dx, dy = xs - c[:, 0].view(-1, 1, 1), ys - c[:, 1].view(-1, 1, 1)                          # (T-step, H|1, W|1)
-    u = grow * (angle.cos() * dx - angle.sin() * dy) - dx + (c2 - c)[:, 0].view(-1, 1, 1)
-    v = grow * (angle.sin() * dx + angle.cos() * dy) - dy + (c2 - c)[:, 1].view(-1, 1, 1)
-    seen_twice = (seen.found[:-step] & seen.found[step:]).view(-1, 1, 1)
-    return torch.stack([u, v]) * ((seen.mask[:-step] > 0) & seen_twice)
+    grow = column((seen.area[step:] / seen.area[:-step].clamp(min=1)).sqrt())
+    angle = column(F.avg_pool1d(turn[None], step, 1)[0]) * step                 # the turns of these frames, added
+    dx, dy = torch.arange(W) - column(c[:, 0]), torch.arange(H)[:, None] - column(c[:, 1])      # (T-step, H|1, W|1)
+    x, y = data._rotate(dx, dy, angle)                                          # (T-step, H, W)
+    d = torch.stack([grow * x - dx + column((c2 - c)[:, 0]), grow * y - dy + column((c2 - c)[:, 1])])
+    return d * ((seen.mask[:-step] > 0) & column(seen.found[:-step] & seen.found[step:]))
 
 
 def dynamic(seen, turn, fps):
@@ -268,10 +260,10 @@ def dynamic(seen, turn, fps):
     step = min(max(1, round(fps / 8)), len(seen.area) - 1)
     d = tracked_flow(seen, turn, step)[:, ::step].norm(dim=0).flatten(1)                       # (n, H W)
     top = d.topk(max(1, int(0.05 * d.shape[1])), dim=1).values.mean(1)
-    return bool((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
+    return float((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def speeds(motion, word, frames, height, width, size):
     """The slowest and the fastest line that the world shows under these words, in px per frame, over 200 draws."""
     words = dict(kind="basic", motion=motion, speed=word, objects=[dict(color="red", shape="circle")])
@@ -285,51 +277,50 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
 
     nan: does not apply (direction of a spin), or cannot be known because the named object is lost. A lost object is never right.
     """
-    nan, named = math.nan, words["objects"][0]
-    others = [o["color"] for o in words["objects"][1:]]
-    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction=0.0 if words["motion"] in data.DIRECTIONS else nan, direction_error=nan, speed=nan,
+    nan, named, asked = math.nan, words["objects"][0], words["motion"]
+    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction=0.0 if asked in data.DIRECTIONS else nan, direction_error=nan, speed=nan,
                speed_error=nan, spin=nan, jerk=nan, area_variation=nan, parts=nan, dynamic=0.0, warp=nan, agreement=nan, area=nan, read_as="lost")
-    objects = [see(video, o["color"]) for o in words["objects"][:1 + (words["motion"] in data.PAIRED)]]
-    seen = objects[0]
+    objects = [see(video, o["color"]) for o in words["objects"][:1 + (asked in data.PAIRED)]]
+    seen, lost = objects[0], lambda o: o.found.sum() < max(3, len(o.found) / 2)
     row["found"] = seen.found.float().mean().item()
-    rest = {color: data.track(video, color)[0].sum() for color in data.COLORS if color == named["color"] or color not in others}
-    row["colour"] = float(rest[named["color"]] > 0 and max(rest, key=rest.get) == named["color"])
-    if seen.found.sum() < max(3, len(seen.found) / 2):
+    others = {o["color"] for o in words["objects"]} - {named["color"]}
+    area = {color: data.track(video, color)[0].sum() for color in data.COLORS if color not in others}
+    row["colour"] = float(area[named["color"]] > 0 and max(area, key=area.get) == named["color"])
+    if lost(seen):
         return row
-    turn = turns(seen)
-    slow = 0.25 * min(video.shape[-2:]) / 64                                    # a third of the slowest named motion, px per frame
+
+    turn, slow = turns(seen), 0.25 * min(video.shape[-2:]) / 64                 # a third of the slowest named motion, px per frame
     read_as, residual, spin = name_motion(objects, turn, slow)
     angle, speed = data.direction(seen.centroid, seen.found)
     if read_as == "line":
         read_as = data.nearest_direction(angle)
-    if any(o.found.sum() < max(3, len(o.found) / 2) for o in objects):
+    if any(map(lost, objects)):
         read_as = "partner lost"
     if not read_as.startswith("spinning"):                                      # the best turn of a blob without a texture is noise
         turn = torch.zeros_like(turn)
-    law = words["motion"] if words["motion"] in residual else "line"
-    if words["motion"] in data.DIRECTIONS:
-        aim = math.degrees(math.atan2(*data.DIRECTIONS[words["motion"]][::-1]))
-        row["direction"] = float(data.nearest_direction(angle) == words["motion"])
-        row["direction_error"] = abs((angle - aim + 180) % 360 - 180)
-        low, high = speeds(words["motion"], words["speed"], *video.shape[1:], size)
-        row["speed_error"] = max(low - speed, speed - high, 0) / ((low + high) / 2)            # the words leave a range open
+    if asked in data.DIRECTIONS:
+        aim = math.degrees(math.atan2(*data.DIRECTIONS[asked][::-1]))
+        low, high = speeds(asked, words["speed"], *video.shape[1:], size)       # the words leave a range open
+        row.update(direction=float(data.nearest_direction(angle) == asked), direction_error=abs((angle - aim + 180) % 360 - 180),
+                   speed_error=max(low - speed, speed - high, 0) / ((low + high) / 2))
+
     shown = seen.found & (seen.area > 0.85 * seen.area[seen.found].median()) if len(objects) > 1 else seen.found
     radius, t = 0.5 * seen.area[shown].double().log(), torch.nonzero(shown)[:, 0].double()
-    trend = torch.stack([torch.ones_like(t)] + [t] * (words["motion"] in ("growing", "shrinking")), 1)
-    row["area_variation"] = (2 * (radius - (trend @ torch.linalg.lstsq(trend, radius[:, None]).solution)[:, 0])).std().item()
+    trend = torch.stack([torch.ones_like(t)] + [t] * (asked in ("growing", "shrinking")), 1)
+    unsteady = radius - (trend @ torch.linalg.lstsq(trend, radius[:, None]).solution)[:, 0]
     d, mask = tracked_flow(seen, turn), seen.mask[:-1] > 0                      # (2, T-1, H, W), (T-1, H, W)
-    back = torch.stack([2 * (d[0] + torch.arange(mask.shape[2])) / (mask.shape[2] - 1) - 1,
-                        2 * (d[1] + torch.arange(mask.shape[1])[:, None]) / (mask.shape[1] - 1) - 1], dim=-1)
-    carried = F.grid_sample(video[:, 1:].transpose(0, 1), back.float(), align_corners=True)    # frame t+1 brought back onto t
-    row["warp"] = (carried - video[:, :-1].transpose(0, 1)).abs().mean(1)[mask].mean().item() / 2
+    frames, (H, W) = video.transpose(0, 1), mask.shape[1:]                      # (T, 3, H, W)
+    carried = look(frames[1:], d[0] + torch.arange(W), d[1] + torch.arange(H)[:, None])        # frame t+1 brought back onto t
     if motion is not None:                                                      # what the model said against what it drew
-        core = -widest(-seen.mask[:-1])                          # without the rim, whose flow is half the background's
+        core = -widest(-seen.mask[:-1])                                         # without the rim, whose flow is half the background's
         pairs = shown[:-1] & shown[1:] & (core.sum((1, 2)) > 0)
         share = core / core.sum((1, 2), keepdim=True).clamp(min=1e-6)
         said, drew = ((v * share).sum((2, 3)) for v in (motion[:, :-1], d))     # (2, T-1) px
         row["agreement"] = (said - drew).norm(dim=0)[pairs].mean().item()
-    row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == words["motion"]), speed=speed, spin=spin, jerk=residual[law],
-               parts=parts(seen.mask[seen.found]), dynamic=float(dynamic(seen, turn, fps)), area=(seen.area[shown].mean() / mask[0].numel()).item(), read_as=read_as)
+    row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == asked), speed=speed, spin=spin,
+               jerk=residual[asked if asked in residual else "line"], area_variation=(2 * unsteady).std().item(), parts=parts(seen.mask[seen.found]),
+               dynamic=dynamic(seen, turn, fps), warp=(carried - frames[:-1]).abs().mean(1)[mask].mean().item() / 2,
+               area=(seen.area[shown].mean() / (H * W)).item(), read_as=read_as)
     return row
 
 
