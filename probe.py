@@ -324,29 +324,31 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
     return row
 
 
-def bootstrap(values, draws=1000):
-    """Mean of the values that are not nan, and its 95 % interval by resampling the clips: (mean, low, high)."""
-    v = np.asarray(values, dtype=float)
-    v = v[~np.isnan(v)]
-    if len(v) == 0:
-        return math.nan, math.nan, math.nan
-    means = v[np.random.default_rng(0).integers(len(v), size=(draws, len(v)))].mean(1)
-    return (v.mean(), *np.quantile(means, (0.025, 0.975)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by the experiments.
+
+def bootstrap(values, over=None):
+    """Mean of the values that are not nan, over that of others if given, and its 95 % interval by resampling the clips: (mean, low, high)."""
+    v = np.asarray(values, dtype=float)
+    w = np.ones_like(v) if over is None else np.asarray(over)
+    v, w = v[~np.isnan(v)], w[~np.isnan(v)]
+    if len(v) == 0:
+        return math.nan, math.nan, math.nan
+    draws = np.random.default_rng(0).integers(len(v), size=(1000, len(v)))
+    return v.mean() / w.mean(), *np.quantile(v[draws].mean(1) / w[draws].mean(1), (0.025, 0.975))
+
 
 def command(run, stage):
     """The line that trains a stage of this run, with every setting in which the run differs from its preset."""
     config = nets.flatten(nets.read_config(pathlib.Path(run) / "config.json"))
-    usual = nets.flatten(nets.load_config([f"preset={config['preset']}"])) | dict(run="", precision=config["precision"], stages="", device=config["device"])
+    usual = nets.flatten(nets.load_config([f"preset={config['preset']}"]))
+    usual |= dict(run="", stages="", precision=config["precision"], device=config["device"])
     config |= dict(run=str(run), stages=",".join(dict.fromkeys(("tae", "base", stage))))
     return shlex.join(["python", "train.py"] + [f"{key}={value}" for key, value in config.items() if key == "preset" or value != usual[key]])
 
 
-def load(a, stages):
-    """Those of the stages that the run has, name -> model; says how to train a missing one."""
+def load(a, *stages):
+    """Those of the stages that the run has, name -> model, and its config; says how to train a missing one."""
     models = {}
     for stage in stages:
         if (pathlib.Path(a.run) / f"{stage}.pt").exists():
@@ -361,13 +363,24 @@ def load(a, stages):
     return models, config
 
 
+def batches(a, world, device):
+    """This rank's share of the clips, up to 32 at a time: (their numbers, the batch)."""
+    for first in range(32 * train.RANK, a.clips, 32 * train.WORLD):
+        index = list(range(first, min(first + 32, a.clips)))
+        yield index, world.batch(index, device)
+
+
 def gather(rows):
-    """The rows of all ranks, in order of rank."""
-    if train.WORLD == 1:
-        return rows
-    lists = [None] * train.WORLD
-    dist.all_gather_object(lists, rows)
-    return [row for part in lists for row in part]
+    """The rows of all ranks, in order of their clips."""
+    lists = [rows] * train.WORLD
+    if train.WORLD > 1:
+        dist.all_gather_object(lists, rows)
+    return sorted((row for part in lists for row in part), key=lambda row: row["clip"])
+
+
+def grouped(rows, key):
+    """The value of the key -> its rows."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
 
 
 def write_csv(path, rows):
@@ -379,24 +392,34 @@ def write_csv(path, rows):
     print(path)
 
 
-def plot(path, lines, xlabel, ylabel, times=None):
-    """lines: label -> (x, middle, low, high); times: x -> t, for a second axis. The numbers are in the CSV; without matplotlib there is no picture."""
+def cell(mean, low, high, share=False, sign=""):
+    """A mean and its interval as text: a share in percent, a difference with its sign (of shares: in points)."""
+    scale, digits, unit = (100, 0, "" if sign else " %") if share else (1, 2, "")
+    show = lambda x: f"{scale * x:{sign}.{digits}f}"
+    return "-" if math.isnan(mean) else f"{show(mean)}{unit} [{show(low)}, {show(high)}]"
+
+
+def markdown(heads, lines):
+    """A table; the first cell of each line is its name."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+
+
+def plot(path, curves, xlabel, ylabel, times):
+    """curves: label -> {x: (mean, low, high)}; times: x -> t, the second axis. The numbers are in the CSV; without matplotlib there is no picture."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return print("no curve: matplotlib is missing, pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for label, (x, middle, low, high) in lines.items():
-        axes.fill_between(x, low, high, alpha=0.25)
-        axes.plot(x, middle, label=label)
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        mean, low, high = zip(*curve.values())
+        axes.fill_between(list(curve), low, high, alpha=0.25)
+        axes.plot(list(curve), mean, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
-    if times:
-        some = list(times)[::max(1, len(times) // 6)]
-        axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
-    figure.tight_layout()
+    some = list(times)[::max(1, len(times) // 6)]
+    axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
     figure.savefig(path, dpi=110)
     print(path)
 
@@ -404,91 +427,62 @@ def plot(path, lines, xlabel, ylabel, times=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Fig. 3
 
-def shuffle(clips, frames, seed):
-    """One permutation of the frames per clip, never the identity: (B, T)."""
-    rows = []
-    for i in range(clips):
-        g = train.generator(seed, "permute", i)
-        p = torch.randperm(frames, generator=g)
-        while frames > 1 and (p == torch.arange(frames)).all():
-            p = torch.randperm(frames, generator=g)
-        rows.append(p)
-    return torch.stack(rows)
-
-
 @torch.no_grad()
 def permute(a):
     """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t.
 
-    At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others. Read the rest against it.
+    At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others.
     """
-    models, config = load(a, ("base", "control", "videojam"))
-    device, tae, sigma, C = (one := next(iter(models.values()))).device, one.tae, config["flow"]["sigma"], config["tae"]["channels"]
-    world, T, S = data.open_data(config, "test"), config["frames"], config["sample"]["steps"]
+    models, config = load(a, "base", "control", "videojam")
+    one, world, C, S = next(iter(models.values())), data.open_data(config, "test"), config["tae"]["channels"], config["sample"]["steps"]
     times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
-    axis = [("schedule", k, times[k].item()) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
-    order, rows, compared = shuffle(a.clips, T, a.seed), [], {name: (model, model.motion) for name, model in models.items()}
+    compared = {name: (model, model.motion) for name, model in models.items()}
     if "videojam" in models:                                                    # does the net notice, or only the motion that it is shown?
         compared["videojam, d = 0"] = models["videojam"], False
-    for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
-        index = list(range(first, min(first + 32, a.clips)))
-        got, p = world.batch(index, device), order[index]
-        shuffled = torch.stack([v[:, q] for v, q in zip(got["video"], p)])
+    order = torch.stack([torch.randperm(config["frames"], generator=train.generator(a.seed, "permute", i)) for i in range(a.clips)])    # (clips, T)
+    rows = []
+    for index, got in batches(a, world, one.device):
+        shuffled = torch.stack([video[:, p] for video, p in zip(got["video"], order[index])])
         # The exact flow of the shuffled clip takes its frame k, which is frame p_k, to frame p_k+1; the last one on as before.
-        own = torch.stack([data.flow_between([spec], q.tolist(), [*q[1:].tolist(), q[-1].item() + 1], *world.shape[1:], device)[0]
-                           for spec, q in zip(got["spec"], p)])
-        encode = lambda video, d: data.encode(tae, dict(video=video, flow=d), sigma)
+        own = torch.stack([data.flow_between([spec], p, [*p[1:], p[-1] + 1], *world.shape[1:], one.device)[0]
+                           for spec, p in zip(got["spec"], order[index])])
+        encode = lambda video, d: data.encode(one.tae, dict(video=video, flow=d), config["flow"]["sigma"])
         z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
-        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(device)
-        for name, (model, motion) in compared.items():
-            text, mask = model.text(got["caption"])
-            for kind, k, t in axis:
-                ts = torch.full((len(index),), t, device=device)
-                for which in ("clean", "own", "original") if motion else ("clean", "own"):
-                    z1, z0 = (z[which], noise) if model.motion else (z[which][:, :C], noise[:, :C])
-                    zt, v = train.interpolate(z1, z0, ts), train.velocity(z1, z0)
-                    if model.motion and not motion:
+        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(one.device)
+        for name, (model, shown) in compared.items():
+            text, streams = model.text(got["caption"]), slice(2 * C if model.motion else C)
+            for k in range(0, S, max(1, S // 20)):
+                t = times[k].to(one.device).expand(len(index))                  # (B,)
+                for frames in z if shown else ("clean", "own"):
+                    z1, z0 = z[frames][:, streams], noise[:, streams]           # (B, C or 2C, T, H, W)
+                    zt, v = train.interpolate(z1, z0, t), train.velocity(z1, z0)
+                    if not shown:
                         zt[:, C:] = 0
-                    u = model.dit(zt, ts, text, mask)
-                    x, d = train.mse(u[:, :C], v[:, :C]), train.mse(u[:, C:], v[:, C:]) if motion else [math.nan] * len(index)
-                    rows += [dict(model=name, axis=kind, step=k, t=t, clip=i, frames=which, loss_x=float(lx), loss_d=float(ld))
-                             for i, lx, ld in zip(index, x, d)]
+                    u = model.dit(zt, t, *text)
+                    errors = train.mse(u[:, :C], v[:, :C]).tolist(), train.mse(u[:, C:], v[:, C:]).tolist()     # Eqs. 3 and 6, clip by clip
+                    rows += [dict(model=name, step=k, frames=frames, clip=i, appearance=x, joint=x + d) for i, x, d in zip(index, *errors)]
     rows = gather(rows)
-    return rows if train.RANK else report_permute(a, rows, S)
+    return rows if train.RANK else report_permute(a, rows, times)
 
 
-def report_permute(a, rows, steps):
+def report_permute(a, rows, times):
     """The ratio permuted / clean per model and t, with intervals over the clips."""
-    losses = {}
-    for r in rows:
-        losses.setdefault((r["model"], r["axis"], r["step"], r["t"]), {}).setdefault(r["frames"], {})[r["clip"]] = (r["loss_x"], r["loss_d"])
-    table, lines = [], {}
-    for (model, axis, step, t), by in losses.items():
-        clean = np.array([by["clean"][i] for i in sorted(by["clean"])])         # (clips, 2)
-        for which in [w for w in ("own", "original") if w in by]:
-            other = np.array([by[which][i] for i in sorted(by["clean"])])
-            for what, c, o in (("appearance", clean[:, 0], other[:, 0]), ("joint", clean.sum(1), other.sum(1))):
-                if not np.isnan(c).any():
-                    draws = np.random.default_rng(0).integers(len(c), size=(1000, len(c)))
-                    low, high = np.quantile(o[draws].mean(1) / c[draws].mean(1), (0.025, 0.975))
-                    table.append(dict(model=model, axis=axis, step=step, t=round(t, 4), flow_of=which, loss=what, clean=c.mean(), permuted=o.mean(),
-                                      ratio=o.mean() / c.mean(), low=low, high=high))
-    out = pathlib.Path(a.run) / "probe"
+    table, curves, S, out = [], {}, len(times) - 1, pathlib.Path(a.run) / "probe"
+    for model, its in grouped(rows, "model").items():
+        for k, clips in grouped(its, "step").items():
+            by = grouped(clips, "frames")
+            for loss, which in (("appearance", "own"), ("joint", "own"), ("joint", "original"))[:3 if "original" in by else 1]:
+                clean, permuted = ([r[loss] for r in by[frames]] for frames in ("clean", which))
+                ratio, low, high = bootstrap(permuted, over=clean)
+                table.append(dict(model=model, step=k, t=round(times[k].item(), 4), flow_of=which, loss=loss, clean=np.mean(clean),
+                                  permuted=np.mean(permuted), ratio=ratio, low=low, high=high))
+                curves.setdefault(model if loss == "appearance" else f"joint, {which}", {})[k] = ratio, low, high
     write_csv(out / "permute.csv", table)
-    models = list(dict.fromkeys(r["model"] for r in table))
-    columns = [(m, "appearance", "own") for m in models] + [("videojam", "joint", which) for which in ("own", "original")] * ("videojam" in models)
-    print(f"\nloss of permuted / clean clips, {a.clips} clips [95 %]; joint: appearance + motion, against the shuffled clip's own flow, or the original's")
-    print(f"{'step of ' + str(steps):>10}{'t':>7}" + "".join(f"{m if loss == 'appearance' else f'joint, {which}':>20}" for m, loss, which in columns))
-    rows_of = {(r["model"], r["loss"], r["flow_of"], r["axis"], r["step"]): r for r in table}
-    for step, t in dict.fromkeys((r["step"], r["t"]) for r in table if r["axis"] == "schedule"):
-        cells = [rows_of[m, loss, which, "schedule", step] for m, loss, which in columns]
-        print(f"{step:>10}{t:>7.3f}" + "".join("{:>20}".format("{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**c)) for c in cells))
-    for axis, label in (("schedule", "step"), ("uniform", "t")):
-        for m in models:
-            r = [r for r in table if (r["model"], r["axis"], r["loss"], r["flow_of"]) == (m, axis, "appearance", "own")]
-            lines[m] = ([c[label] for c in r], [c["ratio"] for c in r], [c["low"] for c in r], [c["high"] for c in r])
-        times = {r["step"]: r["t"] for r in table if r["axis"] == "schedule"} if axis == "schedule" else None
-        plot(out / f"permute-{axis}.png", lines, f"step of {steps}" if times else "t", "appearance loss, permuted / clean", times)
+    print(f"\nloss of permuted / clean clips, {a.clips} of them [95 %]; joint: appearance + motion, own: against the flow of the shuffled clip\n")
+    steps = {r["step"]: r["t"] for r in table}
+    print(markdown([f"step of {S} (t)", *curves], [[f"{k} ({t:.2f})", *(cell(*curve[k]) for curve in curves.values())] for k, t in steps.items()]))
+    curves = {label: curve for label, curve in curves.items() if not label.startswith("joint")}
+    plot(out / "permute-schedule.png", curves, f"step of {S}", "appearance loss, permuted / clean", steps)
     return table
 
 
@@ -498,57 +492,46 @@ def report_permute(a, rows, steps):
 @torch.no_grad()
 def sdedit(a):
     """Fig. 8: noise a clip to step k, finish the generation with its own caption, and see what of the clip is left."""
-    models, config = load(a, ("videojam",) if a.stage is None else (a.stage,))
-    (stage, model), = models.items()
-    sigma, C, S = config["flow"]["sigma"], config["tae"]["channels"], config["sample"]["steps"]
+    models, config = load(a, "videojam")
+    model, sigma, S = models["videojam"], config["flow"]["sigma"], config["sample"]["steps"]
     times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
-    world, steps, rows, kept = data.open_data(config, "test"), sorted({round(S * p / 100) for p in range(0, 101, 10)}), [], {}
-    for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
-        index = list(range(first, min(first + 32, a.clips)))
-        got = world.batch(index, model.device)
-        z1 = data.encode(model.tae, got, sigma)[:, :(2 if model.motion else 1) * C]
-        z0 = sample.noise(model, [a.seed + i for i in index])
+    steps, rows, kept = sorted({round(S * p / 100) for p in range(0, 101, 10)}), [], {}
+    for index, got in batches(a, data.open_data(config, "test"), model.device):
+        z1, z0 = data.encode(model.tae, got, sigma), sample.noise(model, [a.seed + i for i in index])
+        kept.setdefault("source", [got["video"].cpu(), flow.flow_to_rgb(got["flow"], sigma).cpu()])
         for k in steps:
             z = train.interpolate(z1, z0, times[k].to(model.device).expand(len(index)))
             for _, _, z in sample.sampler(model, got["caption"], index, start=k, z=z):
                 pass
-            video, motion = (None if v is None else v.cpu() for v in sample.decode(model, z))
-            if first == 0:
-                kept[k] = video, motion
-            for i, clip, truth, spec in zip(index, video, got["video"].cpu(), got["spec"]):
-                seen, was = see(clip, spec["objects"][0]["color"]), see(truth, spec["objects"][0]["color"])
-                both = seen.found & was.found
-                gap = (seen.centroid - was.centroid)[both]
-                rows.append(dict(step=k, clip=i, psnr=sample.psnr(clip[None], truth[None]), rms=(clip - truth).square().mean().sqrt().item(),
-                                 found=seen.found.float().mean().item(), place_px=gap.norm(dim=1).mean().item(),
-                                 path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
+            video, motion = (stream.cpu() for stream in sample.decode(model, z))
+            kept.setdefault(k, [video, motion])
+            for i, clip, source, spec in zip(index, video, got["video"].cpu(), got["spec"]):
+                seen, was = (see(v, spec["objects"][0]["color"]) for v in (clip, source))
+                gap = (seen.centroid - was.centroid)[seen.found & was.found]    # (frames where both are seen, 2)
+                rows.append(dict(step=k, clip=i, psnr=sample.psnr(clip[None], source[None]), rms=(clip - source).square().mean().sqrt().item(),
+                                 place_px=gap.norm(dim=1).mean().item(), path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
     rows = gather(rows)
-    if train.RANK:
-        return rows
-    out, table = pathlib.Path(a.run) / "probe", []
-    for k in steps:
-        here, row = [r for r in rows if r["step"] == k], dict(step=k, percent=100 * k / S, t=round(times[k].item(), 4))
-        for name in ("psnr", "rms", "found", "place_px", "path_px"):
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = bootstrap([r[name] for r in here])
-        table.append(row)
+    return rows if train.RANK else report_sdedit(a, rows, times, kept)
+
+
+def report_sdedit(a, rows, times, kept):
+    """What is left of the source by step, with intervals over the clips; a sheet of three clips finished from 20, 60, 80 % of the steps."""
+    S, out, by, table, curves = len(times) - 1, pathlib.Path(a.run) / "probe", {}, [], {}
+    for k, clips in grouped(rows, "step").items():
+        table.append(dict(step=k, t=round(times[k].item(), 4)))
+        for name in ("psnr", "rms", "place_px", "path_px"):
+            by[name, k] = bootstrap([r[name] for r in clips])
+            table[-1].update(zip((name, f"{name}_low", f"{name}_high"), by[name, k]))
     write_csv(out / "sdedit.csv", table)
-    print(f"\n{stage}: what is left of the source, {a.clips} clips [95 %]; place: distance of the object's centre, path: the same after a common shift")
-    print(f"{'step':>5}{'%':>5}{'t':>7}{'PSNR dB':>22}{'place px':>22}{'path px':>22}")
-    for r in table:
-        cell = lambda name: "{:>22}".format(f"{r[name]:.2f} [{r[name + '_low']:.2f}, {r[name + '_high']:.2f}]")
-        print(f"{r['step']:>5}{r['percent']:>5.0f}{r['t']:>7.3f}" + cell("psnr") + cell("place_px") + cell("path_px"))
-    column = lambda name: [r[name] for r in table]
-    lines = {label: [column("percent")] + [[v / max(column(name)) for v in column(name + end)] for end in ("", "_low", "_high")]
-             for name, label in (("place_px", "place of the object"), ("path_px", "its path"), ("rms", "pixels (RMS)"))}
-    plot(out / "sdedit.png", lines, "% of the steps", "distance from the source, of its largest", {r["percent"]: r["t"] for r in table})
-    got, sheet = world.batch(range(min(3, a.clips))), []
-    for i in range(min(3, a.clips)):                                            # the source, then finished from 20, 60, 80 % of the steps
-        painted = flow.flow_to_rgb(got["flow"], sigma)
-        sheet += sample.interleave(got["video"][i:i + 1], painted[i:i + 1])
-        for k in sorted({min(steps, key=lambda s: abs(s - S * p / 100)) for p in (20, 60, 80)}):
-            video, motion = kept[k]
-            sheet += sample.interleave(video[i:i + 1], None if motion is None else motion[i:i + 1])
-    sample.write_sheet(out / "sdedit-sheet.png", sheet)
+    steps = {r["step"]: r["t"] for r in table}
+    print(f"\nwhat is left of the source, {a.clips} clips [95 %]; place: distance of the object's centre, path: the same after a common shift\n")
+    print(markdown([f"from step of {S} (t)", "PSNR dB", "place px", "path px"],
+                   [[f"{k} ({t:.2f})", *(cell(*by[name, k]) for name in ("psnr", "place_px", "path_px"))] for k, t in steps.items()]))
+    for name, label in (("place_px", "place of the object"), ("path_px", "its path"), ("rms", "pixels (RMS)")):
+        curves[label] = {k: np.array(by[name, k]) / max(r[name] for r in table) for k in steps}
+    plot(out / "sdedit.png", curves, f"step of {S}", "distance from the source, of its largest", steps)
+    some = ["source"] + sorted({round(S * p / 100) for p in (20, 60, 80)})
+    sample.write_sheet(out / "sdedit-sheet.png", [stream[i] for i in range(min(3, a.clips)) for k in some for stream in kept[k]])
     print(out / "sdedit-sheet.png")
     return table
 
@@ -561,7 +544,7 @@ VARIANTS = {                                                                    
     "without text guidance": ("videojam", dict(w1=0.0)), "without Inner-Guidance": ("videojam", dict(w2=0.0)),
     "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
     "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
-    "shown the true motion": ("videojam", dict(guidance="none")),              # not in the paper: how well do the frames follow a perfect d?
+    "shown the true motion": ("videojam", dict(guidance="none")),               # not in the paper: how well do the frames follow a perfect d?
 }
 SIZES = ("small", "medium", "large")
 HITS = ("colour", "shape", "motion", "direction", "dynamic")                    # right or wrong
@@ -586,28 +569,26 @@ def clips_of(a, name, prompts, d):
     if name.startswith("Eq. 8"):
         model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
     checksum = nets.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
-    key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed])
-    folder, parts_of = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
+    folder, paths = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(prompts), 32):
-        path, some = folder / f"{first}.pt", prompts[first:first + 32]
-        saved = torch.load(path, weights_only=True) if path.exists() else {}
-        if saved.get("key") != key or saved.get("prompts") != some:
-            if (first // 32) % train.WORLD == train.RANK:
-                seeds = [a.seed + first + i for i in range(len(some))]
-                if name == "shown the true motion":
-                    video, motion = show_motion(model, some, seeds, d[first:first + 32], **options)
-                else:
-                    video, motion = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
-                byte = lambda v: None if v is None else ((v + 1) * 127.5).round().byte()
-                saved = dict(key=key, prompts=some, video=byte(video), motion=byte(motion))
-                torch.save(saved, f"{path}.tmp")
-                os.replace(f"{path}.tmp", path)
-        parts_of.append(path)
+        paths.append(folder / f"{first}.pt")
+        some, mine = prompts[first:first + 32], first // 32 % train.WORLD == train.RANK
+        key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed, some])
+        if not mine or paths[-1].exists() and torch.load(paths[-1], weights_only=True).get("key") == key:
+            continue
+        seeds = [a.seed + first + i for i in range(len(some))]
+        if name == "shown the true motion":
+            streams = show_motion(model, some, seeds, d[first:first + 32], **options)
+        else:
+            streams = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
+        streams = [((v + 1) * 127.5).round().byte() for v in streams if v is not None]
+        torch.save(dict(key=key, streams=streams), f"{paths[-1]}.tmp")
+        os.replace(f"{paths[-1]}.tmp", paths[-1])
     train.barrier()
-    parts_of = [torch.load(path, weights_only=True) for path in parts_of]
-    whole = lambda what: None if parts_of[0][what] is None else torch.cat([p[what] for p in parts_of]).float() / 127.5 - 1
-    return whole("video"), whole("motion")
+    parts = zip(*(torch.load(path, weights_only=True)["streams"] for path in paths))
+    video, *motion = (torch.cat(part).float() / 127.5 - 1 for part in parts)
+    return video, motion[0] if motion else None
 
 
 def side_by_side(clips, frames=4):
@@ -624,64 +605,63 @@ def score(name, video, flows, prompts, config):
         words = data.parse(prompts[i])
         row = read_clip(video[i], words, None if flows is None else flows[i], config["fps"], config["world"]["size"])
         rows.append(dict(variant=name, clip=i, prompt=prompts[i], kind=words["kind"], asked=words["motion"], **row))
-    return sorted(gather(rows), key=lambda r: r["clip"])
+    return gather(rows)
+
+
+def read_prompts(a):
+    """The prompts that can be scored, and those that can only be shown: of --prompts, or of the held-out ones."""
+    wanted = list(data.PROMPTS)
+    if a.prompts:
+        if not pathlib.Path(a.prompts).is_file():
+            raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
+        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
+    count, scored, unread = len(wanted) if a.prompts else min(a.clips, len(wanted)), [], []
+    for prompt in (wanted[i * len(wanted) // count] for i in range(count)):     # of every kind, as they are in order of kind
+        try:
+            words = data.parse(prompt)
+            if words.get("camera") or words["motion"] in data.PAIRED and len(words["objects"]) < 2:
+                raise ValueError(f"{prompt!r}: found a panning camera or a motion of two with one named, expected neither")
+            scored.append(prompt)
+        except ValueError as error:
+            unread.append(prompt)
+            train.print0(f"{error}; sampled, shown, not scored")
+    if not scored:
+        raise ValueError("no prompt that can be scored: expected at least one that names a colour, a shape and a motion")
+    return scored, unread
 
 
 @torch.no_grad()
 def ablate(a):
     """Tabs. 1 and 3 on 128 held-out prompts, the same seeds for all: every metric, by kind of motion and by the size of the object."""
-    models, config = load(a, ("base", "control", "videojam"))
-    sigma, wanted = config["flow"]["sigma"], list(data.PROMPTS)
-    if a.prompts:
-        if not pathlib.Path(a.prompts).is_file():
-            raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
-        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
-    count, unread = min(a.clips or (len(wanted) if a.prompts else 128), len(wanted)), []
-    wanted = [wanted[i * len(wanted) // count] for i in range(count)]           # of every kind, as they are in order of kind
-    for prompt in wanted:
-        try:
-            words = data.parse(prompt)
-            if words.get("camera") or words["motion"] in data.PAIRED and len(words["objects"]) < 2:
-                raise ValueError(f"{prompt!r}: found a panning camera or a motion of two with one named, expected neither")
-        except ValueError as error:
-            unread.append(prompt)
-            train.print0(f"{error}; sampled, shown, not scored")
-    prompts = [p for p in wanted if p not in unread]
-    if not wanted:
-        raise ValueError("no prompt: found an empty list, expected at least one text")
-    rows, shown, true = [], {}, torch.zeros(len(wanted), 2, *(config[key] for key in ("frames", "height", "width")))
-    if prompts:
-        truth = data.open_data(config, "test").of_prompts(prompts)
-        again = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
-        rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
-        rows += score("reconstructions", again[0], flow.rgb_to_flow(again[1], sigma), prompts, config)
-        true[:len(prompts)] = truth["flow"]
-        shown["ground truth"] = torch.cat([truth["video"], torch.zeros(len(unread), *truth["video"].shape[1:])])
+    models, config = load(a, "base", "control", "videojam")
+    prompts, unread = read_prompts(a)
+    sigma, out = config["flow"]["sigma"], pathlib.Path(a.run) / "probe"
+    truth = data.open_data(config, "test").of_prompts(prompts)
+    again, painted = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
+    rows = score("ground truth", truth["video"], truth["flow"], prompts, config)
+    rows += score("reconstructions", again, flow.rgb_to_flow(painted, sigma), prompts, config)
+    extend = lambda x: torch.cat([x, torch.zeros(len(unread), *x.shape[1:])])   # there is no truth of what cannot be read
+    shown = {"ground truth": extend(truth["video"])}
     for name, (stage, _) in VARIANTS.items():
         if stage in models:
-            video, motion = clips_of(a, name, prompts + unread, true)
-            if prompts:
-                rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
-            shown[name] = video
+            video, motion = clips_of(a, name, prompts + unread, extend(truth["flow"]))
+            rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
+            if name in ("base", "control", "VideoJAM"):
+                shown[name] = video
             if name == "VideoJAM":
                 shown["its motion"] = motion
     if train.RANK:
         return rows
-    out = pathlib.Path(a.run) / "probe"
-    shared = min(8, len(prompts))                                               # eight of the scored prompts, and all that could not be read
-    some = [*(i * len(prompts) // shared for i in range(shared)), *range(len(prompts), len(wanted))]
-    compared = [name for name in ("ground truth", "base", "control", "VideoJAM", "its motion") if name in shown]
-    for sheet, names in (("ablate", compared), ("ablations", [n for n in shown if n == "VideoJAM" or n not in compared])):
-        if names:
-            sample.write_sheet(out / f"{sheet}.png", [side_by_side([shown[name][i] for name in names]) for i in some], columns=1000)
-            print(f"{out / sheet}.png: {' | '.join(names)}")
-    print("its rows: " + " | ".join((prompts + unread)[i] for i in some))
-    if rows:
-        write_csv(out / "ablate-clips.csv", rows)
-        stats = summary(rows)
-        write_csv(out / "ablate.csv", stats)
-        (out / "ablate.md").write_text(tables(rows, stats))
-        print(tables(rows, stats))
+
+    count = min(8, len(prompts))                                                # eight of the scored prompts, and all that could not be read
+    some = [*(i * len(prompts) // count for i in range(count)), *range(len(prompts), len(prompts + unread))]
+    sample.write_sheet(out / "ablate.png", [side_by_side([clips[i] for clips in shown.values()]) for i in some], columns=1000)
+    print(f"{out / 'ablate.png'}: {' | '.join(shown)}\nits rows: {' | '.join((prompts + unread)[i] for i in some)}")
+    stats = summary(rows)
+    write_csv(out / "ablate-clips.csv", rows)
+    write_csv(out / "ablate.csv", stats)
+    (out / "ablate.md").write_text(tables(rows, stats))
+    print(tables(rows, stats))
     return rows
 
 
@@ -689,10 +669,9 @@ def summary(rows):
     """Every metric's mean and 95 % interval per variant: over all clips, by kind of motion, by the object's size in the clip (Fig. 7)."""
     cut, table = np.nanquantile([r["area"] for r in rows if r["variant"] == "ground truth"], (1 / 3, 2 / 3)), []
     size = lambda r: "lost" if math.isnan(r["area"]) else SIZES[np.searchsorted(cut, r["area"])]
-    for variant in dict.fromkeys(r["variant"] for r in rows):
-        own = [r for r in rows if r["variant"] == variant]
-        groups = {"all": own, **{kind: [r for r in own if r["kind"] == kind] for kind in data.KINDS}, **{name: [r for r in own if size(r) == name] for name in SIZES}}
-        for group, some in groups.items():
+    for variant, own in grouped(rows, "variant").items():
+        for group in ("all", *data.KINDS, *SIZES):
+            some = [r for r in own if group in ("all", r["kind"], size(r))]
             for metric in COLUMNS:
                 values = [r[metric] for r in some if not math.isnan(r[metric])]
                 mean, low, high = bootstrap(values)
@@ -704,25 +683,17 @@ def summary(rows):
 
 def tables(rows, stats):
     """Markdown of `summary`'s stats: all metrics; VideoJAM less each variant, clip by clip; motion right by kind and by size."""
-    names, by, found = list(dict.fromkeys(r["variant"] for r in rows)), {}, {(r["variant"], r["group"], r["metric"]): r for r in stats}
-    for r in rows:
-        by.setdefault(r["variant"], {})[r["clip"]] = r
-
-    def cell(mean, low, high, metric, sign=""):
-        scale, digits, unit = (100, 0, "" if sign else " %") if metric in SHARES else (1, 2, "")
-        return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
-
-    def table(heads, cells, names=names):
-        lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *map(cells, [name] * len(heads), heads)] for name in names)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    stat = lambda name, group, metric: cell(*(found[name, group, metric][key] for key in ("mean", "low", "high")), metric)
-    less = lambda name, metric: cell(*bootstrap([by["VideoJAM"][i][metric] - r[metric] for i, r in by[name].items()]), metric, "+")
-    motion = lambda name, group: stat(name, group, "motion")
-    text = [table(COLUMNS, lambda name, metric: stat(name, "all", metric)), "Motion right, by kind:", table(data.KINDS, motion),
-            "Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(SIZES, motion)]
-    if "VideoJAM" in by:
-        text[1:1] = ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, [name for name in names if name != "VideoJAM"])]
+    own, found = grouped(rows, "variant"), {(r["variant"], r["group"], r["metric"]): (r["mean"], r["low"], r["high"]) for r in stats}
+    table = lambda heads, text_of, names: markdown(["", *heads], [[name, *(text_of(name, head) for head in heads)] for name in names])
+    every = lambda name, metric: cell(*found[name, "all", metric], metric in SHARES)
+    motion = lambda name, group: cell(*found[name, group, "motion"], True)
+    less = lambda name, metric: cell(*bootstrap([v[metric] - r[metric] for v, r in zip(own["VideoJAM"], own[name])]), metric in SHARES, "+")
+    text = [table(COLUMNS, every, own)]
+    if "VideoJAM" in own:
+        others = [name for name in own if name != "VideoJAM"]
+        text += ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, others)]
+    text += ["Motion right, by kind:", table(data.KINDS, motion, own)]
+    text += ["Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(SIZES, motion, own)]
     return "\n\n".join(text) + "\n"
 
 
@@ -878,30 +849,23 @@ def main(argv=None):
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("settings", nargs="*", help="speed: key=value as for train.py, in place of a run")
     p.add_argument("--run", default="runs/tiny")
-    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
+    p.add_argument("--clips", type=int, default=128, help="clips, or how many of ablate's held-out prompts (default 128)")
     p.add_argument("--steps", type=int, default=20, help="speed: training steps of each net (default 20, or as many as two minutes hold)")
-    p.add_argument("--stage", choices=("videojam", "base", "control"), help="sdedit: which model (default videojam)")
-    p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the 128 held-out ones")
+    p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the held-out ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="")
     a = p.parse_args(argv)
-    for flag in ("clips", "steps"):
-        if getattr(a, flag) is not None and getattr(a, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(a, flag)}: expected at least 1")
-    for flag, experiment in (("stage", "sdedit"), ("prompts", "ablate")):
-        if getattr(a, flag) and a.experiment != experiment:
-            raise ValueError(f"--{flag} is for {experiment}, found it with {a.experiment}: leave it out")
+    if min(a.clips, a.steps) < 1:
+        raise ValueError(f"--clips {a.clips} --steps {a.steps}: expected at least 1 of each")
+    if a.prompts and a.experiment != "ablate":
+        raise ValueError(f"--prompts is for ablate, found it with {a.experiment}: leave it out")
     if a.settings and a.experiment != "speed":
         raise ValueError(f"{a.experiment} reads the config from --run, found {' '.join(a.settings)}: leave it out")
-    if a.experiment != "ablate":
-        a.clips = a.clips or 128
     if train.WORLD > 1:
         a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
         dist.init_process_group("nccl" if a.experiment == "speed" and a.device.startswith("cuda") else "gloo")
     EXPERIMENTS[a.experiment](a)
-    train.barrier()
-    if train.WORLD > 1:
-        dist.destroy_process_group()
+    train.close_process_group()
 
 
 if __name__ == "__main__":

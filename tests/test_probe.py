@@ -253,19 +253,19 @@ def test_permute_against_a_plain_loop(run):
     """Fig. 3's numbers for one clip and one t. Reference: the paper's experiment written out: encode, shuffle, add the same noise, compare."""
     probe.main(["permute", "--run", str(run), "--clips", "1"])
     rows = rows_of(run / "probe" / "permute.csv")
-    find = lambda *key: next(r for r in rows if (r["axis"], r["t"], r["flow_of"]) == ("uniform", "0.5", "own") and (r["model"], r["loss"]) == key)
+    find = lambda *key: next(r for r in rows if (r["step"], r["t"], r["flow_of"]) == ("3", "0.35", "own") and (r["model"], r["loss"]) == key)
     model = sample.load_run(run, "videojam")
     got = data.open_data(model.config, "test").batch([0])
-    order = probe.shuffle(1, 8, 0)[0]
+    order = torch.randperm(8, generator=train.generator(0, "permute", 0))
     spec, noise = got["spec"][0], torch.randn(8, 2, 4, 4, generator=train.generator(0, "noise", 0))
     own = torch.stack([data.flow_between([spec], int(i), int(j), 16, 16)[0] for i, j in zip(order, [*order[1:], order[-1] + 1])], 1)
     for name, video, d in (("clean", got["video"][0], got["flow"][0]), ("permuted", got["video"][0][:, order], own)):
         z1 = torch.cat([model.tae.encode(video[None]), model.tae.encode(flow.flow_to_rgb(d[None], 0.1), motion=True)], 1)
-        zt = 0.5 * z1 + 0.5 * noise
-        error = (model.dit(zt, torch.tensor([0.5]), *model.text(got["caption"])) - (z1 - noise)).square()
+        zt = 0.35 * z1 + 0.65 * noise
+        error = (model.dit(zt, torch.tensor([0.35]), *model.text(got["caption"])) - (z1 - noise)).square()
         assert float(find("videojam", "joint")[name]) == pytest.approx((error[:, :4].mean() + error[:, 4:].mean()).item(), rel=1e-4)
         zt[:, 4:] = 0                                                           # the same net, not shown the motion
-        error = (model.dit(zt, torch.tensor([0.5]), *model.text(got["caption"])) - (z1 - noise)).square()
+        error = (model.dit(zt, torch.tensor([0.35]), *model.text(got["caption"])) - (z1 - noise)).square()
         assert float(find("videojam, d = 0", "appearance")[name]) == pytest.approx(error[:, :4].mean().item(), rel=1e-4)
 
 
@@ -372,8 +372,8 @@ def test_bad_input(run, tmp_path):
         probe.main(["ablate", "--run", str(run), "--prompts", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         probe.main(["permeate"])
-    with pytest.raises(ValueError, match="--stage is for sdedit"):
-        probe.main(["permute", "--run", str(run), "--stage", "base"])
+    with pytest.raises(ValueError, match="--prompts is for ablate"):
+        probe.main(["permute", "--run", str(run), "--prompts", "p.txt"])
     for stage in ("base", "control", "videojam"):
         (run / f"{stage}.pt").unlink()
     with pytest.raises(FileNotFoundError, match="train it first"):
