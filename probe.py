@@ -700,28 +700,18 @@ def tables(rows, stats):
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed.
 
-class Memory:
-    """Peak memory in bytes since `reset`, less what was there when this object was made: of the GPU, or resident in the process (Linux; elsewhere nan)."""
-
-    def __init__(self, device):
-        self.cuda, self.linux, self.before = device.type == "cuda", os.path.exists("/proc/self/clear_refs"), 0
-        if self.linux and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)                                                 # what was freed before goes back to the system
-        self.reset()
-        self.before = self.peak()
-
-    def reset(self):
-        if self.cuda:
+def peak_memory(device, reset=False):
+    """The most bytes taken since the last reset, of the GPU or resident in the process (Linux; elsewhere nan)."""
+    if device.type == "cuda":
+        if reset:
             torch.cuda.reset_peak_memory_stats()
-        elif self.linux:
-            pathlib.Path("/proc/self/clear_refs").write_text("5")               # VmHWM, the most that was resident, starts again
-
-    def peak(self):
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() - self.before
-        if not self.linux:
-            return math.nan
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) - self.before
+        return torch.cuda.max_memory_allocated()
+    if not os.path.exists("/proc/self/clear_refs"):
+        return math.nan
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)                                        # what was freed before goes back to the system
+        pathlib.Path("/proc/self/clear_refs").write_text("5")                   # VmHWM, the most that was resident, starts again
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 
 def timed(device, work):
@@ -749,16 +739,16 @@ def text_length(text, prompts):
 
 
 def time_training(config, device, seed, steps):
-    """Steps of training, as train.py takes them, of the base and of the joint net in turn -> seconds {motion: [...]}, peak bytes, the nets, tokens of the text.
+    """Steps of training, as train.py takes them, of base and joint net in turn -> seconds {motion: [...]}, peak bytes, the nets, tokens of the text.
 
-    One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and no more than two minutes once there are three.
+    One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and two minutes once there are three.
     """
     C, *size = nets.latent_size(config)
-    micro = train.micro_batches(config, config["batch"])
-    n = len(micro[0])
-    memory, parts = Memory(device), train.build_sharded(config, device, motion=True)
+    micro, batch = train.micro_batches(config, config["batch"]), config["batch"]
+    n, before, parts = len(micro[0]), peak_memory(device, reset=True), train.build_sharded(config, device, motion=True)
     state, layers = train.prepare(config, parts, 1e-4), (parts["dit"].motion_in, parts["dit"].motion_out)
-    z, prompts = torch.randn(n, 2 * C, *size, generator=train.generator(seed, "speed")), (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
+    z = torch.randn(n, 2 * C, *size, generator=train.generator(seed, "speed"))  # (n, 2C, T, H, W)
+    prompts = (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
     stored = parts["text"](prompts) if config["text"]["frozen"] else None       # as data.py stores them
 
     def latents(index):
@@ -767,44 +757,50 @@ def time_training(config, device, seed, steps):
 
     def step(k, motion):
         parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
-        train.gradient(config, state, losses[motion], k, micro, config["batch"])
+        train.gradient(config, state, losses[motion], k, micro, batch)
         train.update(config, state, k, 1e-4)
 
     for motion in (False, True, False, True):                                   # allocations, compilation
         step(0, motion)
-    memory.reset()
+    peak_memory(device, reset=True)
     took, start = {False: [], True: []}, time.perf_counter()
-    while len(took[True]) < steps and (train.WORLD > 1 or len(took[True]) < 3 or time.perf_counter() - start < 120):        # several ranks must stop together
-        for motion in (False, True):
-            took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
-    return took, memory.peak(), parts, text_length(parts["text"], prompts)
+    for k in range(steps):
+        for motion in took:
+            took[motion].append(timed(device, lambda: step(k, motion)))
+        if k >= 2 and time.perf_counter() - start > 120 and train.WORLD == 1:   # several ranks must stop together
+            break
+    return took, peak_memory(device) - before, parts, text_length(parts["text"], prompts)
 
 
 def time_encoding_and_sampling(config, parts, device, seed):
-    """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]. The TAE's FLOPs are torch's own count."""
-    tae = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]."""
+    tae, prompts = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False), data.STRAIGHT[:1]
     model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
     got = data.MovingShapes(config["frames"], config["height"], config["width"], seed).batch(range(min(4, config["batch"])), device)
-    with torch.device("meta"), FlopCounterMode(display=False) as encoding, torch.no_grad():
-        latent = nets.build_tae(config).encode(torch.empty(1, 3, config["frames"], config["height"], config["width"]))
-    with torch.device("meta"), FlopCounterMode(display=False) as decoding, torch.no_grad():
-        nets.build_tae(config).decode(latent, config["frames"])
-    n, settings, memory = len(got["video"]), sample.settle(model), Memory(device)
-    seconds = min(timed(device, lambda: data.encode(tae, got, config["flow"]["sigma"])) for _ in range(3))
-    rows = [("encoding, both streams", seconds, n, 2 * n * encoding.get_total_flops(), memory.peak())]
-    memory = Memory(device)
-    branches = 2 * settings["steps"] + settings["motion_steps"]                 # Eq. 8: three in the first half, then two
-    seconds = timed(device, lambda: sample.generate(model, data.STRAIGHT[:1], [seed]))
-    return rows + [(f"sampling, {settings['steps']} steps, {branches} evaluations", seconds, 1,
-                    branches * nets.flops(config, True, text_length(model.text, data.STRAIGHT[:1])) + 2 * decoding.get_total_flops(), memory.peak())]
+    n, o = len(got["video"]), sample.settle(model)
+    with torch.device("meta"), torch.no_grad():                                 # the TAE's FLOPs are torch's own count
+        meta = nets.build_tae(config)
+        with FlopCounterMode(display=False) as encoding:
+            latent = meta.encode(torch.empty(1, *got["video"].shape[1:]))
+        with FlopCounterMode(display=False) as decoding:
+            meta.decode(latent, config["frames"])
+    evaluations = 2 * o["steps"] + o["motion_steps"]                            # Eq. 8: three in the first half, then two
+    drawing = evaluations * nets.flops(config, True, text_length(model.text, prompts)) + 2 * decoding.get_total_flops()
+    rows = []
+    for what, clips, flops, times, work in (
+            ("encoding, both streams", n, 2 * n * encoding.get_total_flops(), 3, lambda: data.encode(tae, got, config["flow"]["sigma"])),
+            (f"sampling, {o['steps']} steps, {evaluations} evaluations", 1, drawing, 1, lambda: sample.generate(model, prompts, [seed]))):
+        before = peak_memory(device, reset=True)
+        seconds = min(timed(device, work) for _ in range(times))
+        rows.append((what, seconds, clips, flops, peak_memory(device) - before))
+    return rows
 
 
 def speed(a):
     """Clips, tokens and FLOPs per second, their share of the peak (MFU) and memory of training (base and joint net in turn), encoding and sampling.
 
-    FLOPs are the model's own, a multiply-add counts two. A forward pass (`model.flops`) with N video and L text tokens, width D, SwiGLU's h, takes
-        depth [2 N (6 D² + 3 D h) + 4 L D² + 4 N (N + L) D] + 4 N D C p² per stream + text in, time, modulation + the text encoder,
-    a training step three times that. Attention counts whole; what checkpointing computes again does not count. Memory is what each part adds.
+    FLOPs are the model's own, `model.flops`, a training step three times a forward pass. Attention counts whole; what checkpointing computes again
+    does not count. Memory is what each part adds.
     """
     config = nets.load_config(a.settings)
     device = nets.find_device(a.device or config["device"])
@@ -815,28 +811,25 @@ def speed(a):
         torch.set_float32_matmul_precision("high")                              # as train.py
     fastest, which = peak_flops(config, device)
     took, bytes_, parts, length = time_training(config, device, a.seed, a.steps)
-    batch, rows = config["batch"], []
-    lines = [(f"training step, {what}", float(np.median(took[motion])), batch, 3 * batch * nets.flops(config, motion, length) / train.WORLD, bytes_)
-             for motion, what in ((False, "base"), (True, "joint"))]
+    batch, N = config["batch"], math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
+    parts_of = [(f"training step, {what}", np.median(took[motion]), batch, 3 * batch * nets.flops(config, motion, length) / train.WORLD, bytes_)
+                for motion, what in ((False, "base"), (True, "joint"))]
     if train.WORLD == 1:
-        lines += time_encoding_and_sampling(config, parts, device, a.seed)
-    N = math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
-    for what, seconds, clips, flops, peak in lines:
-        rows.append(dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
-                         share=flops / seconds / fastest, peak_gb=peak / 1e9))
+        parts_of += time_encoding_and_sampling(config, parts, device, a.seed)
     if train.RANK:
         return
-    out = pathlib.Path(config["run"]) / "probe" / "speed.csv"
-    write_csv(out, rows)
+    rows = [dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
+                 share=flops / seconds / fastest, peak_gb=peak / 1e9) for what, seconds, clips, flops, peak in parts_of]
+    write_csv(pathlib.Path(config["run"]) / "probe" / "speed.csv", rows)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "
           f"checkpointing={config['checkpointing']}, {train.WORLD} x {where}, torch {torch.__version__}\n")
-    print("| | seconds | clips/s | tokens/s | TFLOP/s each | MFU | memory |\n|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['what']} | {r['seconds']:.3g} | {r['clips_per_s']:.3g} | {r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {100 * r['share']:.1f} % | {r['peak_gb']:.2f} GB |")
+    line = "{what}|{seconds:.3g}|{clips_per_s:.3g}|{tokens_per_s:,.0f}|{tflops:.3g}|{share:.1%}|{peak_gb:.2f} GB"
+    print(markdown(["", "seconds", "clips/s", "tokens/s", "TFLOP/s each", "MFU", "memory"], [line.format(**row).split("|") for row in rows]))
     ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": train.WORLD})["together"]
-    print(f"\njoint / base: {np.median(ratio):.3f}x, the median of {len(ratio)} pairs (half of them within {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f})")
-    print(f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}; {out}")
+    low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
+    print(f"\njoint / base: {middle:.3f}x, the median of {len(ratio)} pairs (half of them within {low:.3f} to {high:.3f})\n"
+          f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
