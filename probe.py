@@ -405,7 +405,7 @@ def markdown(heads, lines):
 
 
 def plot(path, curves, xlabel, ylabel, times):
-    """curves: label -> {x: (mean, low, high)}; times: x -> t, the second axis. The numbers are in the CSV; without matplotlib there is no picture."""
+    """curves: label -> {x: (mean, low, high)}; times: x -> t, a second axis if any. Without matplotlib no picture: the CSV has the numbers."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -418,8 +418,9 @@ def plot(path, curves, xlabel, ylabel, times):
         axes.plot(list(curve), mean, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
-    some = list(times)[::max(1, len(times) // 6)]
-    axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
+    if times:
+        some = list(times)[::max(1, len(times) // 6)]
+        axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
     figure.savefig(path, dpi=110)
     print(path)
 
@@ -429,17 +430,19 @@ def plot(path, curves, xlabel, ylabel, times):
 
 @torch.no_grad()
 def permute(a):
-    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t.
+    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t: the schedule's, and uniform.
 
     At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others.
     """
     models, config = load(a, "base", "control", "videojam")
     one, world, C, S = next(iter(models.values())), data.open_data(config, "test"), config["tae"]["channels"], config["sample"]["steps"]
-    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
+    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"]).tolist()
+    points = [("schedule", k, times[k]) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
     compared = {name: (model, model.motion) for name, model in models.items()}
     if "videojam" in models:                                                    # does the net notice, or only the motion that it is shown?
         compared["videojam, d = 0"] = models["videojam"], False
     order = torch.stack([torch.randperm(config["frames"], generator=train.generator(a.seed, "permute", i)) for i in range(a.clips)])    # (clips, T)
+    order = torch.where((order.diff() == 1).all(1, keepdim=True), order.roll(1, 1), order)     # never the identity
     rows = []
     for index, got in batches(a, world, one.device):
         shuffled = torch.stack([video[:, p] for video, p in zip(got["video"], order[index])])
@@ -451,8 +454,8 @@ def permute(a):
         noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(one.device)
         for name, (model, shown) in compared.items():
             text, streams = model.text(got["caption"]), slice(2 * C if model.motion else C)
-            for k in range(0, S, max(1, S // 20)):
-                t = times[k].to(one.device).expand(len(index))                  # (B,)
+            for point in points:
+                t = torch.full((len(index),), point[2], device=one.device)      # (B,)
                 for frames in z if shown else ("clean", "own"):
                     z1, z0 = z[frames][:, streams], noise[:, streams]           # (B, C or 2C, T, H, W)
                     zt, v = train.interpolate(z1, z0, t), train.velocity(z1, z0)
@@ -460,29 +463,31 @@ def permute(a):
                         zt[:, C:] = 0
                     u = model.dit(zt, t, *text)
                     errors = train.mse(u[:, :C], v[:, :C]).tolist(), train.mse(u[:, C:], v[:, C:]).tolist()     # Eqs. 3 and 6, clip by clip
-                    rows += [dict(model=name, step=k, frames=frames, clip=i, appearance=x, joint=x + d) for i, x, d in zip(index, *errors)]
+                    rows += [dict(model=name, point=point, frames=frames, clip=i, appearance=x, joint=x + d) for i, x, d in zip(index, *errors)]
     rows = gather(rows)
-    return rows if train.RANK else report_permute(a, rows, times)
+    return rows if train.RANK else report_permute(a, rows, S)
 
 
-def report_permute(a, rows, times):
+def report_permute(a, rows, S):
     """The ratio permuted / clean per model and t, with intervals over the clips."""
-    table, curves, S, out = [], {}, len(times) - 1, pathlib.Path(a.run) / "probe"
+    table, curves, out = [], dict(schedule={}, uniform={}), pathlib.Path(a.run) / "probe"
     for model, its in grouped(rows, "model").items():
-        for k, clips in grouped(its, "step").items():
+        for (axis, k, t), clips in grouped(its, "point").items():
             by = grouped(clips, "frames")
             for loss, which in (("appearance", "own"), ("joint", "own"), ("joint", "original"))[:3 if "original" in by else 1]:
                 clean, permuted = ([r[loss] for r in by[frames]] for frames in ("clean", which))
                 ratio, low, high = bootstrap(permuted, over=clean)
-                table.append(dict(model=model, step=k, t=round(times[k].item(), 4), flow_of=which, loss=loss, clean=np.mean(clean),
+                table.append(dict(model=model, axis=axis, step=k, t=round(t, 4), flow_of=which, loss=loss, clean=np.mean(clean),
                                   permuted=np.mean(permuted), ratio=ratio, low=low, high=high))
-                curves.setdefault(model if loss == "appearance" else f"joint, {which}", {})[k] = ratio, low, high
+                label, x = model if loss == "appearance" else f"joint, {which}", k if axis == "schedule" else t
+                curves[axis].setdefault(label, {})[x] = ratio, low, high
     write_csv(out / "permute.csv", table)
     print(f"\nloss of permuted / clean clips, {a.clips} of them [95 %]; joint: appearance + motion, own: against the flow of the shuffled clip\n")
-    steps = {r["step"]: r["t"] for r in table}
-    print(markdown([f"step of {S} (t)", *curves], [[f"{k} ({t:.2f})", *(cell(*curve[k]) for curve in curves.values())] for k, t in steps.items()]))
-    curves = {label: curve for label, curve in curves.items() if not label.startswith("joint")}
-    plot(out / "permute-schedule.png", curves, f"step of {S}", "appearance loss, permuted / clean", steps)
+    steps, shown = {r["step"]: r["t"] for r in table if r["axis"] == "schedule"}, curves["schedule"]
+    print(markdown([f"step of {S} (t)", *shown], [[f"{k} ({t:.2f})", *(cell(*curve[k]) for curve in shown.values())] for k, t in steps.items()]))
+    for axis, xlabel, times in (("schedule", f"step of {S}", steps), ("uniform", "t", None)):
+        some = {label: curve for label, curve in curves[axis].items() if not label.startswith("joint")}
+        plot(out / f"permute-{axis}.png", some, xlabel, "appearance loss, permuted / clean", times)
     return table
 
 
@@ -614,8 +619,8 @@ def read_prompts(a):
     if a.prompts:
         if not pathlib.Path(a.prompts).is_file():
             raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
-        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
-    count, scored, unread = len(wanted) if a.prompts else min(a.clips, len(wanted)), [], []
+        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()][:a.clips]
+    count, scored, unread = min(a.clips, len(wanted)), [], []
     for prompt in (wanted[i * len(wanted) // count] for i in range(count)):     # of every kind, as they are in order of kind
         try:
             words = data.parse(prompt)
@@ -625,8 +630,8 @@ def read_prompts(a):
         except ValueError as error:
             unread.append(prompt)
             train.print0(f"{error}; sampled, shown, not scored")
-    if not scored:
-        raise ValueError("no prompt that can be scored: expected at least one that names a colour, a shape and a motion")
+    if not wanted:
+        raise ValueError(f"--prompts {a.prompts}: found an empty file, expected at least one prompt")
     return scored, unread
 
 
@@ -635,16 +640,18 @@ def ablate(a):
     """Tabs. 1 and 3 on 128 held-out prompts, the same seeds for all: every metric, by kind of motion and by the size of the object."""
     models, config = load(a, "base", "control", "videojam")
     prompts, unread = read_prompts(a)
-    sigma, out = config["flow"]["sigma"], pathlib.Path(a.run) / "probe"
-    truth = data.open_data(config, "test").of_prompts(prompts)
-    again, painted = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
-    rows = score("ground truth", truth["video"], truth["flow"], prompts, config)
-    rows += score("reconstructions", again, flow.rgb_to_flow(painted, sigma), prompts, config)
-    extend = lambda x: torch.cat([x, torch.zeros(len(unread), *x.shape[1:])])   # there is no truth of what cannot be read
-    shown = {"ground truth": extend(truth["video"])}
+    sigma, out, rows, shown = config["flow"]["sigma"], pathlib.Path(a.run) / "probe", [], {}
+    true = torch.zeros(len(prompts + unread), 5, *(config[key] for key in ("frames", "height", "width")))       # 0: no truth of what cannot be read
+    if prompts:
+        truth = data.open_data(config, "test").of_prompts(prompts)
+        again, painted = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
+        rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
+        rows += score("reconstructions", again, flow.rgb_to_flow(painted, sigma), prompts, config)
+        true[:len(prompts)] = torch.cat([truth["video"], truth["flow"]], 1)
+        shown["ground truth"] = true[:, :3]
     for name, (stage, _) in VARIANTS.items():
         if stage in models:
-            video, motion = clips_of(a, name, prompts + unread, extend(truth["flow"]))
+            video, motion = clips_of(a, name, prompts + unread, true[:, 3:])
             rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
             if name in ("base", "control", "VideoJAM"):
                 shown[name] = video
@@ -657,11 +664,12 @@ def ablate(a):
     some = [*(i * len(prompts) // count for i in range(count)), *range(len(prompts), len(prompts + unread))]
     sample.write_sheet(out / "ablate.png", [side_by_side([clips[i] for clips in shown.values()]) for i in some], columns=1000)
     print(f"{out / 'ablate.png'}: {' | '.join(shown)}\nits rows: {' | '.join((prompts + unread)[i] for i in some)}")
-    stats = summary(rows)
-    write_csv(out / "ablate-clips.csv", rows)
-    write_csv(out / "ablate.csv", stats)
-    (out / "ablate.md").write_text(tables(rows, stats))
-    print(tables(rows, stats))
+    if rows:
+        stats = summary(rows)
+        write_csv(out / "ablate-clips.csv", rows)
+        write_csv(out / "ablate.csv", stats)
+        (out / "ablate.md").write_text(tables(rows, stats))
+        print(tables(rows, stats))
     return rows
 
 
@@ -842,12 +850,14 @@ def main(argv=None):
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("settings", nargs="*", help="speed: key=value as for train.py, in place of a run")
     p.add_argument("--run", default="runs/tiny")
-    p.add_argument("--clips", type=int, default=128, help="clips, or how many of ablate's held-out prompts (default 128)")
+    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
     p.add_argument("--steps", type=int, default=20, help="speed: training steps of each net (default 20, or as many as two minutes hold)")
     p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the held-out ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="")
     a = p.parse_args(argv)
+    if a.clips is None:
+        a.clips = sys.maxsize if a.prompts else 128
     if min(a.clips, a.steps) < 1:
         raise ValueError(f"--clips {a.clips} --steps {a.steps}: expected at least 1 of each")
     if a.prompts and a.experiment != "ablate":

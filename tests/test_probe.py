@@ -253,7 +253,7 @@ def test_permute_against_a_plain_loop(run):
     """Fig. 3's numbers for one clip and one t. Reference: the paper's experiment written out: encode, shuffle, add the same noise, compare."""
     probe.main(["permute", "--run", str(run), "--clips", "1"])
     rows = rows_of(run / "probe" / "permute.csv")
-    find = lambda *key: next(r for r in rows if (r["step"], r["t"], r["flow_of"]) == ("3", "0.35", "own") and (r["model"], r["loss"]) == key)
+    find = lambda *key: next(r for r in rows if (r["axis"], r["t"], r["flow_of"]) == ("uniform", "0.5", "own") and (r["model"], r["loss"]) == key)
     model = sample.load_run(run, "videojam")
     got = data.open_data(model.config, "test").batch([0])
     order = torch.randperm(8, generator=train.generator(0, "permute", 0))
@@ -261,11 +261,11 @@ def test_permute_against_a_plain_loop(run):
     own = torch.stack([data.flow_between([spec], int(i), int(j), 16, 16)[0] for i, j in zip(order, [*order[1:], order[-1] + 1])], 1)
     for name, video, d in (("clean", got["video"][0], got["flow"][0]), ("permuted", got["video"][0][:, order], own)):
         z1 = torch.cat([model.tae.encode(video[None]), model.tae.encode(flow.flow_to_rgb(d[None], 0.1), motion=True)], 1)
-        zt = 0.35 * z1 + 0.65 * noise
-        error = (model.dit(zt, torch.tensor([0.35]), *model.text(got["caption"])) - (z1 - noise)).square()
+        zt = 0.5 * z1 + 0.5 * noise
+        error = (model.dit(zt, torch.tensor([0.5]), *model.text(got["caption"])) - (z1 - noise)).square()
         assert float(find("videojam", "joint")[name]) == pytest.approx((error[:, :4].mean() + error[:, 4:].mean()).item(), rel=1e-4)
         zt[:, 4:] = 0                                                           # the same net, not shown the motion
-        error = (model.dit(zt, torch.tensor([0.35]), *model.text(got["caption"])) - (z1 - noise)).square()
+        error = (model.dit(zt, torch.tensor([0.5]), *model.text(got["caption"])) - (z1 - noise)).square()
         assert float(find("videojam, d = 0", "appearance")[name]) == pytest.approx(error[:, :4].mean().item(), rel=1e-4)
 
 
@@ -295,6 +295,16 @@ def test_ablate_makes_each_clip_once(run, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in times} == times
     probe.main([*args, "--seed", "5"])
     assert all(p.stat().st_mtime_ns > t for p, t in times.items())
+
+
+def test_prompts_that_cannot_be_scored_are_shown(run, tmp_path, monkeypatch, capsys):
+    """--clips takes the first prompts of the file; where none of them can be read they are sampled and shown alone. References: the file, the clips."""
+    monkeypatch.setattr(probe, "VARIANTS", {"base": probe.VARIANTS["base"], "shown the true motion": probe.VARIANTS["shown the true motion"]})
+    (tmp_path / "p.txt").write_text("a dog in the snow\na cat in the rain\na red square moving right\n")
+    probe.main(["ablate", "--run", str(run), "--prompts", str(tmp_path / "p.txt"), "--clips", "2"])
+    assert "its rows: a dog in the snow | a cat in the rain\n" in capsys.readouterr().out
+    assert (run / "probe" / "ablate.png").exists() and not list((run / "probe").glob("*.csv"))
+    assert [len(torch.load(path, weights_only=True)["streams"][0]) for path in (run / "probe" / "clips").rglob("*.pt")] == [2, 2]
 
 
 def test_tables_compare_prompt_by_prompt():
