@@ -36,6 +36,7 @@ import sample
 import train
 
 NOISE = types.SimpleNamespace(place=0.06, size=0.04, turn=0.06)                 # of a measurement: px, log radius, radians per frame
+SPAN = 1.1                                                                      # half-width of a shape's template, in square roots of its area
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,26 +67,31 @@ def see(video, color):
     nearest, saturation = data._hues(video)
     same = nearest == list(data.COLORS).index(color)
     mask = saturation * same
-    area, centroid, found = data.track(video, color)
+    area, _, found = data.track(video, color)
     rgb = (video.clamp(-1, 1) + 1) / 2
     value = rgb.amax(0)
     # The centroid to a tenth of a pixel needs the half-covered rim, which the mask leaves out: its saturation says how far it is covered.
     soft = (value - rgb.amin(0)) / value.clamp(min=1e-6) * same * widest((mask > 0).float())
     ys, xs = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[2])
-    centroid = torch.where(found[:, None], torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None], centroid)
+    centroid = torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None]
+    centroid[~found] = math.nan
     return types.SimpleNamespace(mask=mask, area=area * mask[0].numel(), centroid=centroid, found=found, value=value)
 
 
-def crop(images, centre, side, angles, points=25):
-    """(n, H, W) sampled on squares of half-width `side` (n,) px around `centre` (n, 2), turned by each of `angles` (n, K): (n, K, points, points)."""
+def look(images, x, y):
+    """Images (n, C, H, W) read between their pixels, at x, y (n, ...) px: (n, C, ...)."""
     H, W = images.shape[-2:]
+    at = torch.stack([2 * x / (W - 1) - 1, 2 * y / (H - 1) - 1], dim=-1).float()
+    return F.grid_sample(images, at, align_corners=True)
+
+
+def crop(images, centre, side, angles, points=25):
+    """(n, H, W) on squares of half-width `side` (n,) px around `centre` (n, 2), turned by each of `angles` (n, K): (n, K, points, points)."""
     r = torch.linspace(-1, 1, points)
     y, x = torch.meshgrid(r, r, indexing="ij")                                  # (points, points)
-    cos, sin = angles.cos()[:, :, None, None], angles.sin()[:, :, None, None]   # (n, K, 1, 1)
+    x, y = data._rotate(x, y, angles[:, :, None, None])                         # (n, K, points, points)
     u, v, side = (w.view(-1, 1, 1, 1) for w in (*centre.unbind(1), side))
-    u, v = u + side * (cos * x - sin * y), v + side * (sin * x + cos * y)       # (n, K, points, points)
-    at = torch.stack([2 * u / (W - 1) - 1, 2 * v / (H - 1) - 1], dim=-1).flatten(1, 2)
-    return F.grid_sample(images[:, None], at.float(), align_corners=True)[:, 0].unflatten(1, (-1, points))
+    return look(images[:, None], (u + side * x).flatten(1, 2), (v + side * y).flatten(1, 2))[:, 0].unflatten(1, (-1, points))
 
 
 def turns(seen, limit=40, count=81):
@@ -103,10 +109,7 @@ def turns(seen, limit=40, count=81):
     return angles[k] + (angles[1] - angles[0]) * (0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)).clamp(-0.5, 0.5)
 
 
-SPAN = 1.1                                                                      # half-width of a template, in square roots of the area
-
-
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def templates():
     """The world's shapes at 24 angles each, with unit area and centred on their centroid: (shapes, 24, points, points)."""
     r = torch.linspace(-1.5, 1.5, 301)
@@ -141,66 +144,56 @@ def parts(mask, least=3):
 # ---------------------------------------------------------------------------------------------------------------------
 # Naming a motion: least squares of the tracks to every law, the best by Bayes' information criterion.
 
-@functools.lru_cache(maxsize=8)
-def laws(T, pair):
-    """name -> (its designs (L, T, P, k), the parameters beside the k linear ones). P = 2 numbers per frame, x and y, or 4 for a pair."""
-    t, n = torch.arange(T, dtype=torch.float64), max(T - 1, 1)
-    zero, one, table = torch.zeros(T, dtype=torch.float64), torch.ones(T, dtype=torch.float64), {}
+@functools.cache
+def laws(T, pair, slow):
+    """name -> (its designs (L, T, P, k), the parameters beside the k linear ones, does a fit (k,) deserve the name?).
 
-    def add(name, *columns, extra=0):                                           # a column is one function of t per number
-        still = [[one if i == j else zero for i in range(len(columns[0]) if columns else 2)] for j in range(len(columns[0]) if columns else 2)]
-        design = torch.stack([torch.stack(c, dim=1) for c in still + list(columns)], dim=2)
-        table.setdefault(name, ([], extra))[0].append(design)
+    P = 2 numbers per frame, x and y, or 4 for a pair; `slow` px per frame is hardly a motion.
+    """
+    t, n, P, table = torch.arange(T, dtype=torch.float64), max(T - 1, 1), 4 if pair else 2, {}
 
-    x, y = lambda f: [f, zero], lambda f: [zero, f]
+    def only(i, f):                                                             # f(t) in number i, 0 in the others
+        column = torch.zeros(T, P, dtype=torch.float64)
+        column[:, i] = f
+        return column                                                           # (T, P)
+
+    def add(name, *columns, movers=1, extra=0, allowed=lambda p: True):
+        place = [only(i, 1) for i in range(P)]                                  # where the movers start, how they move, where the other one rests
+        design = torch.stack([*place[:2 * movers], *columns, *place[2 * movers:]], dim=2)      # (T, P, k)
+        table.setdefault(name, ([], extra, allowed))[0].append(design)
+
     add("still")
-    add("line", x(t), y(t))
-    add("falling", y(t ** 2))
-    add("thrown", x(t), y(t), y(t ** 2))
-    wave = (2 * (t / n * 2 % 1) - 1).abs()
-    add("zigzag", x(t), y(t), x(wave), y(wave))
-    for hit in np.linspace(0.22, 0.38, 9) * n:                                  # the frame of the first bounce; heights in units of the drop
-        arcs, start, v = [], -hit, 2 / hit
-        for _ in range(10):
-            arcs.append(v * (t - start) - ((t - start) / hit) ** 2)
-            start, v = start + v * hit ** 2, data.RESTITUTION * v
-        add("bouncing", x(t), y(-torch.stack(arcs).amax(0)), extra=1)
+    add("line", only(0, t), only(1, t))
     for sweep in np.linspace(0.8, 6.6, 30):                                     # radians in all
         for sign, turn in zip((1, -1), data.TURNS):
             cos, sin = (sweep / n * t).cos(), sign * (sweep / n * t).sin()
-            add(f"orbiting {turn}", [cos, sin], [-sin, cos], extra=1)
-    if pair:                                                                    # the second object: at rest in all of the above
-        rest = lambda design: torch.cat([F.pad(design, (0, 0, 0, 2)), torch.stack([torch.stack([zero, zero, one, zero], 1),
-                                                                                  torch.stack([zero, zero, zero, one], 1)], 2)], dim=2)
-        table = {name: ([rest(design) for design in designs], extra) for name, (designs, extra) in table.items()
-                 if name in ("still", "line") or "orbit" in name}
-        axis = lambda i, f: [f if i == j else zero for j in range(4)]
-        add("crossing", *(axis(i, t) for i in range(4)))
+            add(f"orbiting {turn}", only(0, cos) + only(1, sin), only(0, -sin) + only(1, cos), extra=1)
+    if pair:
+        add("crossing", *(only(i, t) for i in range(4)), movers=2, allowed=lambda p: min(p[4:6].norm(), p[6:8].norm()) > slow)
         for i in (0, 1):
             for hit in np.linspace(0.35, 0.65, 13) * n:                         # equal masses: they exchange their velocities
                 before, after = (t - hit).clamp(max=0), (t - hit).clamp(min=0)
-                first, second = axis(i, before), axis(i, after)
-                first[i + 2], second[i + 2] = after, before
-                add("colliding", first, second, extra=2)
-    return {name: (torch.stack(designs), extra) for name, (designs, extra) in table.items()}
+                add("colliding", only(i, before) + only(i + 2, after), only(i, after) + only(i + 2, before), movers=2, extra=2)
+    else:
+        add("falling", only(1, t ** 2), allowed=lambda p: p[2] > 0)
+        up_first = lambda p: p[4] > 0 and -p[3] / (2 * p[4]) > 0.15             # the apex lies within the clip
+        add("thrown", only(0, t), only(1, t), only(1, t ** 2), allowed=up_first)
+        wave = (2 * (t / n * 2 % 1) - 1).abs()
+        add("zigzag", only(0, t), only(1, t), only(0, wave), only(1, wave))
+        for hit in np.linspace(0.22, 0.38, 9) * n:                              # the frame of the first bounce; heights in units of the drop
+            arcs, start, v = [], -hit, 2 / hit
+            for _ in range(10):
+                arcs.append(v * (t - start) - ((t - start) / hit) ** 2)
+                start, v = start + v * hit ** 2, data.RESTITUTION * v
+            add("bouncing", only(0, t), only(1, -torch.stack(arcs).amax(0)), extra=1, allowed=lambda p: p[3] > 0)
+    return {name: (torch.stack(designs), extra, allowed) for name, (designs, extra, allowed) in table.items()}
 
 
 def solve(design, target, weight):
     """Weighted least squares of (..., N, k) to (N,): parameters (..., k) and the weighted sum of squares (...)."""
     w = weight.sqrt()
-    p = torch.linalg.pinv(design * w[:, None], rtol=1e-10) @ (target * w)       # lstsq's default driver goes astray where a partner is lost: rank too low
+    p = torch.linalg.pinv(design * w[:, None], rtol=1e-10) @ (target * w)       # lstsq goes astray where a lost partner takes rank away
     return p, ((design @ p[..., None])[..., 0] - target).square().mul(weight).sum(-1)
-
-
-def allowed(name, p, slow):
-    """Does the fitted law deserve its name? p (k,) begins with the place; `slow` px per frame is hardly a motion."""
-    if name == "falling":
-        return p[2] > 0
-    if name == "thrown":                                                        # up first: the apex lies within the clip
-        return p[4] > 0 and -p[3] / (2 * p[4]) > 0.15
-    if name == "bouncing":
-        return p[3] > 0
-    return name != "crossing" or min(p[4:6].norm(), p[6:8].norm()) > slow
 
 
 def name_motion(objects, turn, slow):
@@ -210,40 +203,40 @@ def name_motion(objects, turn, slow):
     laws are those of a pair, a line and standing still; without, all others.
     """
     T, pair = len(objects[0].area), len(objects) > 1
-    usual = [o.area[o.found].quantile(0.9) if o.found.any() else 1 for o in objects]
-    weight = [o.found.double() * torch.where(o.area < 0.85 * m, 0.02, 1.0) if pair else o.found.double() for o, m in zip(objects, usual)]      # half hidden
-    target = torch.cat([o.centroid for o in objects], 1).double().nan_to_num().flatten() / NOISE.place
-    weights = torch.stack(weight, 1).repeat_interleave(2, 1).flatten()
-    time, ones = torch.arange(T, dtype=torch.float64), torch.ones(T, dtype=torch.float64)
-    size = 0.5 * objects[0].area.double().clamp(min=1e-3).log() / NOISE.size
-    both = torch.minimum(weight[0][1:], weight[0][:-1])
-    (_, steady), (growth, grows) = solve(ones[:, None], size, weight[0]), solve(torch.stack([ones, time], 1), size, weight[0])
-    rests, (spin, spins) = (turn.double() / NOISE.turn).square().mul(both).sum(), solve(ones[1:, None], turn.double() / NOISE.turn, both)
-    spinning = f"spinning {data.TURNS[int(spin[0] < 0)]}"
-    N, best, residual = target.numel() + 2 * T - 1, {}, {}
 
-    def enter(name, rss, k):
-        best[name] = min(best.get(name, math.inf), (N * (1 + rss / N).log() + k * math.log(N)).item())
+    def weigh(o):                                                               # one of a pair that is half hidden counts little
+        whole = 0.85 * o.area[o.found].quantile(0.9) if pair and o.found.any() else 0
+        return o.found.double() * torch.where(o.area < whole, 0.02, 1.0)        # (T,)
 
-    for name, (designs, extra) in laws(T, pair).items():
-        p, rss = solve(designs.flatten(1, 2), target, weights)
-        for i in rss.argsort()[:5]:
-            if allowed(name, p[i] * NOISE.place, slow) and (pair or "orbit" not in name):
-                enter(name, rss[i] + steady + rests, designs.shape[-1] + extra)
-                break
-        residual[name] = NOISE.place * (rss.min() / weights.sum().clamp(min=1)).sqrt().item()
+    place = torch.cat([o.centroid for o in objects], 1).double().nan_to_num().flatten() / NOISE.place           # (T P,)
+    weights = torch.stack([weigh(o) for o in objects], 1).repeat_interleave(2, 1).flatten()                     # (T P,)
+    size, turn, own = 0.5 * objects[0].area.double().clamp(min=1e-3).log() / NOISE.size, turn.double() / NOISE.turn, weigh(objects[0])
+    both, one, time = torch.minimum(own[1:], own[:-1]), torch.ones(T, 1, dtype=torch.float64), torch.arange(T, dtype=torch.float64)
+    (_, steady), (growth, grows) = solve(one, size, own), solve(torch.cat([one, time[:, None]], 1), size, own)
+    rests, (spin, spins) = turn.square().mul(both).sum(), solve(one[1:], turn, both)
+    spinning, growing = f"spinning {data.TURNS[int(spin[0] < 0)]}", "growing" if growth[1] > 0 else "shrinking"
+    found, residual = [], {}                                                    # (name, sum of squares, parameters); law -> px
+    rms = lambda rss: NOISE.place * (rss / weights.sum().clamp(min=1)).sqrt().item()
+
+    for name, (designs, extra, allowed) in laws(T, pair, slow).items():
+        p, rss = solve(designs.flatten(1, 2), place, weights)                   # (L, k), (L,)
+        k, residual[name] = designs.shape[-1] + extra, rms(rss.min())
+        if pair or "orbit" not in name:
+            found += [(name, rss[i] + steady + rests, k) for i in rss.argsort()[:5] if allowed(p[i] * NOISE.place)][:1]
         if not pair and name in ("still", spinning.replace("spinning", "orbiting")):            # a turning triangle's centroid goes round
-            enter(spinning, rss.min() + steady + spins, designs.shape[-1] + extra + 1)
-        if name == "still" and not pair:
-            enter("growing" if growth[1] > 0 else "shrinking", rss.min() + grows + rests, designs.shape[-1] + 1)
+            found.append((spinning, rss.min() + steady + spins, k + 1))
+        if not pair and name == "still":
+            found.append((growing, rss.min() + grows + rests, k + 1))
             radius = (size * NOISE.size).exp()                                  # a triangle's centroid lies below its middle: it moves with the size
-            column = torch.stack([torch.zeros_like(radius), radius], 1)
-            p2, rss2 = solve(torch.cat([designs[0], column[..., None]], 2).flatten(0, 1), target, weights)
-            enter("growing" if growth[1] > 0 else "shrinking", rss2 + grows + rests, designs.shape[-1] + 2)
-            residual["growing"] = residual["shrinking"] = NOISE.place * (rss2 / weights.sum().clamp(min=1)).sqrt().item()
-    for turn in data.TURNS:
-        residual[f"spinning {turn}"] = min(residual["still"], residual[f"orbiting {turn}"])
-    return min(best, key=best.get), residual, (spin[0] * NOISE.turn).item()
+            column = torch.stack([torch.zeros_like(radius), radius], 1)         # (T, P)
+            _, rss = solve(torch.cat([designs[0], column[..., None]], 2).flatten(0, 1), place, weights)
+            found.append((growing, rss + grows + rests, k + 2))
+            residual["growing"] = residual["shrinking"] = rms(rss)
+    for way in data.TURNS:
+        residual[f"spinning {way}"] = min(residual["still"], residual[f"orbiting {way}"])
+    N = 2 * T * len(objects) + 2 * T - 1                                        # measurements
+    criterion = lambda law: N * (1 + law[1] / N).log() + law[2] * math.log(N)
+    return min(found, key=criterion)[0], residual, (spin[0] * NOISE.turn).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,16 +244,15 @@ def name_motion(objects, turn, slow):
 
 def tracked_flow(seen, turn, step=1):
     """The object's pixels carried along by its measured motion over `step` frames, 0 elsewhere: (2, T-step, H, W) px."""
-    T, H, W = seen.mask.shape
+    H, W = seen.mask.shape[1:]
+    column = lambda x: x.view(-1, 1, 1)                                         # (T-step,) -> (T-step, 1, 1)
     c, c2 = seen.centroid[:-step].nan_to_num(), seen.centroid[step:].nan_to_num()
-    grow = (seen.area[step:] / seen.area[:-step].clamp(min=1)).sqrt().view(-1, 1, 1)
-    angle = F.avg_pool1d(turn[None], step, 1)[0].view(-1, 1, 1) * step                         # the turns of these frames, added
-    ys, xs = torch.arange(H)[:, None], torch.arange(W)
-    dx, dy = xs - c[:, 0].view(-1, 1, 1), ys - c[:, 1].view(-1, 1, 1)                          # (T-step, H|1, W|1)
-    u = grow * (angle.cos() * dx - angle.sin() * dy) - dx + (c2 - c)[:, 0].view(-1, 1, 1)
-    v = grow * (angle.sin() * dx + angle.cos() * dy) - dy + (c2 - c)[:, 1].view(-1, 1, 1)
-    seen_twice = (seen.found[:-step] & seen.found[step:]).view(-1, 1, 1)
-    return torch.stack([u, v]) * ((seen.mask[:-step] > 0) & seen_twice)
+    grow = column((seen.area[step:] / seen.area[:-step].clamp(min=1)).sqrt())
+    angle = column(F.avg_pool1d(turn[None], step, 1)[0]) * step                 # the turns of these frames, added
+    dx, dy = torch.arange(W) - column(c[:, 0]), torch.arange(H)[:, None] - column(c[:, 1])      # (T-step, H|1, W|1)
+    x, y = data._rotate(dx, dy, angle)                                          # (T-step, H, W)
+    d = torch.stack([grow * x - dx + column((c2 - c)[:, 0]), grow * y - dy + column((c2 - c)[:, 1])])
+    return d * ((seen.mask[:-step] > 0) & column(seen.found[:-step] & seen.found[step:]))
 
 
 def dynamic(seen, turn, fps):
@@ -268,10 +260,10 @@ def dynamic(seen, turn, fps):
     step = min(max(1, round(fps / 8)), len(seen.area) - 1)
     d = tracked_flow(seen, turn, step)[:, ::step].norm(dim=0).flatten(1)                       # (n, H W)
     top = d.topk(max(1, int(0.05 * d.shape[1])), dim=1).values.mean(1)
-    return bool((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
+    return float((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def speeds(motion, word, frames, height, width, size):
     """The slowest and the fastest line that the world shows under these words, in px per frame, over 200 draws."""
     words = dict(kind="basic", motion=motion, speed=word, objects=[dict(color="red", shape="circle")])
@@ -285,77 +277,78 @@ def read_clip(video, words, motion=None, fps=8, size=1.0):
 
     nan: does not apply (direction of a spin), or cannot be known because the named object is lost. A lost object is never right.
     """
-    nan, named = math.nan, words["objects"][0]
-    others = [o["color"] for o in words["objects"][1:]]
-    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction=0.0 if words["motion"] in data.DIRECTIONS else nan, direction_error=nan, speed=nan,
+    nan, named, asked = math.nan, words["objects"][0], words["motion"]
+    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction=0.0 if asked in data.DIRECTIONS else nan, direction_error=nan, speed=nan,
                speed_error=nan, spin=nan, jerk=nan, area_variation=nan, parts=nan, dynamic=0.0, warp=nan, agreement=nan, area=nan, read_as="lost")
-    objects = [see(video, o["color"]) for o in words["objects"][:1 + (words["motion"] in data.PAIRED)]]
-    seen = objects[0]
+    objects = [see(video, o["color"]) for o in words["objects"][:1 + (asked in data.PAIRED)]]
+    seen, lost = objects[0], lambda o: o.found.sum() < max(3, len(o.found) / 2)
     row["found"] = seen.found.float().mean().item()
-    rest = {color: data.track(video, color)[0].sum() for color in data.COLORS if color == named["color"] or color not in others}
-    row["colour"] = float(rest[named["color"]] > 0 and max(rest, key=rest.get) == named["color"])
-    if seen.found.sum() < max(3, len(seen.found) / 2):
+    others = {o["color"] for o in words["objects"]} - {named["color"]}
+    area = {color: data.track(video, color)[0].sum() for color in data.COLORS if color not in others}
+    row["colour"] = float(area[named["color"]] > 0 and max(area, key=area.get) == named["color"])
+    if lost(seen):
         return row
-    turn = turns(seen)
-    slow = 0.25 * min(video.shape[-2:]) / 64                                    # a third of the slowest named motion, px per frame
+
+    turn, slow = turns(seen), 0.25 * min(video.shape[-2:]) / 64                 # a third of the slowest named motion, px per frame
     read_as, residual, spin = name_motion(objects, turn, slow)
     angle, speed = data.direction(seen.centroid, seen.found)
     if read_as == "line":
         read_as = data.nearest_direction(angle)
-    if any(o.found.sum() < max(3, len(o.found) / 2) for o in objects):
+    if any(map(lost, objects)):
         read_as = "partner lost"
     if not read_as.startswith("spinning"):                                      # the best turn of a blob without a texture is noise
         turn = torch.zeros_like(turn)
-    law = words["motion"] if words["motion"] in residual else "line"
-    if words["motion"] in data.DIRECTIONS:
-        aim = math.degrees(math.atan2(*data.DIRECTIONS[words["motion"]][::-1]))
-        row["direction"] = float(data.nearest_direction(angle) == words["motion"])
-        row["direction_error"] = abs((angle - aim + 180) % 360 - 180)
-        low, high = speeds(words["motion"], words["speed"], *video.shape[1:], size)
-        row["speed_error"] = max(low - speed, speed - high, 0) / ((low + high) / 2)            # the words leave a range open
+    if asked in data.DIRECTIONS:
+        aim = math.degrees(math.atan2(*data.DIRECTIONS[asked][::-1]))
+        low, high = speeds(asked, words["speed"], *video.shape[1:], size)       # the words leave a range open
+        row.update(direction=float(data.nearest_direction(angle) == asked), direction_error=abs((angle - aim + 180) % 360 - 180),
+                   speed_error=max(low - speed, speed - high, 0) / ((low + high) / 2))
+
     shown = seen.found & (seen.area > 0.85 * seen.area[seen.found].median()) if len(objects) > 1 else seen.found
     radius, t = 0.5 * seen.area[shown].double().log(), torch.nonzero(shown)[:, 0].double()
-    trend = torch.stack([torch.ones_like(t)] + [t] * (words["motion"] in ("growing", "shrinking")), 1)
-    row["area_variation"] = (2 * (radius - (trend @ torch.linalg.lstsq(trend, radius[:, None]).solution)[:, 0])).std().item()
+    trend = torch.stack([torch.ones_like(t)] + [t] * (asked in ("growing", "shrinking")), 1)
+    unsteady = radius - (trend @ torch.linalg.lstsq(trend, radius[:, None]).solution)[:, 0]
     d, mask = tracked_flow(seen, turn), seen.mask[:-1] > 0                      # (2, T-1, H, W), (T-1, H, W)
-    back = torch.stack([2 * (d[0] + torch.arange(mask.shape[2])) / (mask.shape[2] - 1) - 1,
-                        2 * (d[1] + torch.arange(mask.shape[1])[:, None]) / (mask.shape[1] - 1) - 1], dim=-1)
-    carried = F.grid_sample(video[:, 1:].transpose(0, 1), back.float(), align_corners=True)    # frame t+1 brought back onto t
-    row["warp"] = (carried - video[:, :-1].transpose(0, 1)).abs().mean(1)[mask].mean().item() / 2
+    frames, (H, W) = video.transpose(0, 1), mask.shape[1:]                      # (T, 3, H, W)
+    carried = look(frames[1:], d[0] + torch.arange(W), d[1] + torch.arange(H)[:, None])        # frame t+1 brought back onto t
     if motion is not None:                                                      # what the model said against what it drew
-        core = -widest(-seen.mask[:-1])                          # without the rim, whose flow is half the background's
+        core = -widest(-seen.mask[:-1])                                         # without the rim, whose flow is half the background's
         pairs = shown[:-1] & shown[1:] & (core.sum((1, 2)) > 0)
         share = core / core.sum((1, 2), keepdim=True).clamp(min=1e-6)
         said, drew = ((v * share).sum((2, 3)) for v in (motion[:, :-1], d))     # (2, T-1) px
         row["agreement"] = (said - drew).norm(dim=0)[pairs].mean().item()
-    row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == words["motion"]), speed=speed, spin=spin, jerk=residual[law],
-               parts=parts(seen.mask[seen.found]), dynamic=float(dynamic(seen, turn, fps)), area=(seen.area[shown].mean() / mask[0].numel()).item(), read_as=read_as)
+    row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == asked), speed=speed, spin=spin,
+               jerk=residual[asked if asked in residual else "line"], area_variation=(2 * unsteady).std().item(), parts=parts(seen.mask[seen.found]),
+               dynamic=dynamic(seen, turn, fps), warp=(carried - frames[:-1]).abs().mean(1)[mask].mean().item() / 2,
+               area=(seen.area[shown].mean() / (H * W)).item(), read_as=read_as)
     return row
-
-
-def bootstrap(values, draws=1000):
-    """Mean of the values that are not nan, and its 95 % interval by resampling the clips: (mean, low, high)."""
-    v = np.asarray(values, dtype=float)
-    v = v[~np.isnan(v)]
-    if len(v) == 0:
-        return math.nan, math.nan, math.nan
-    means = v[np.random.default_rng(0).integers(len(v), size=(draws, len(v)))].mean(1)
-    return (v.mean(), *np.quantile(means, (0.025, 0.975)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by the experiments.
 
+def bootstrap(values, over=None):
+    """Mean of the values that are not nan, over that of others if given, and its 95 % interval by resampling the clips: (mean, low, high)."""
+    v = np.asarray(values, dtype=float)
+    w = np.ones_like(v) if over is None else np.asarray(over)
+    v, w = v[~np.isnan(v)], w[~np.isnan(v)]
+    if len(v) == 0:
+        return math.nan, math.nan, math.nan
+    draws = np.random.default_rng(0).integers(len(v), size=(1000, len(v)))
+    return v.mean() / w.mean(), *np.quantile(v[draws].mean(1) / w[draws].mean(1), (0.025, 0.975))
+
+
 def command(run, stage):
     """The line that trains a stage of this run, with every setting in which the run differs from its preset."""
     config = nets.flatten(nets.read_config(pathlib.Path(run) / "config.json"))
-    usual = nets.flatten(nets.load_config([f"preset={config['preset']}"])) | dict(run="", precision=config["precision"], stages="", device=config["device"])
+    usual = nets.flatten(nets.load_config([f"preset={config['preset']}"]))
+    usual |= dict(run="", stages="", precision=config["precision"], device=config["device"])
     config |= dict(run=str(run), stages=",".join(dict.fromkeys(("tae", "base", stage))))
     return shlex.join(["python", "train.py"] + [f"{key}={value}" for key, value in config.items() if key == "preset" or value != usual[key]])
 
 
-def load(a, stages):
-    """Those of the stages that the run has, name -> model; says how to train a missing one."""
+def load(a, *stages):
+    """Those of the stages that the run has, name -> model, and its config; says how to train a missing one."""
     models = {}
     for stage in stages:
         if (pathlib.Path(a.run) / f"{stage}.pt").exists():
@@ -370,13 +363,24 @@ def load(a, stages):
     return models, config
 
 
+def batches(a, world, device):
+    """This rank's share of the clips, up to 32 at a time: (their numbers, the batch)."""
+    for first in range(32 * train.RANK, a.clips, 32 * train.WORLD):
+        index = list(range(first, min(first + 32, a.clips)))
+        yield index, world.batch(index, device)
+
+
 def gather(rows):
-    """The rows of all ranks, in order of rank."""
-    if train.WORLD == 1:
-        return rows
-    lists = [None] * train.WORLD
-    dist.all_gather_object(lists, rows)
-    return [row for part in lists for row in part]
+    """The rows of all ranks, in order of their clips."""
+    lists = [rows] * train.WORLD
+    if train.WORLD > 1:
+        dist.all_gather_object(lists, rows)
+    return sorted((row for part in lists for row in part), key=lambda row: row["clip"])
+
+
+def grouped(rows, key):
+    """The value of the key -> its rows."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
 
 
 def write_csv(path, rows):
@@ -388,24 +392,35 @@ def write_csv(path, rows):
     print(path)
 
 
-def plot(path, lines, xlabel, ylabel, times=None):
-    """lines: label -> (x, middle, low, high); times: x -> t, for a second axis. The numbers are in the CSV; without matplotlib there is no picture."""
+def cell(mean, low, high, share=False, sign=""):
+    """A mean and its interval as text: a share in percent, a difference with its sign (of shares: in points)."""
+    scale, digits, unit = (100, 0, "" if sign else " %") if share else (1, 2, "")
+    show = lambda x: f"{scale * x:{sign}.{digits}f}"
+    return "-" if math.isnan(mean) else f"{show(mean)}{unit} [{show(low)}, {show(high)}]"
+
+
+def markdown(heads, lines):
+    """A table; the first cell of each line is its name."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+
+
+def plot(path, curves, xlabel, ylabel, times):
+    """curves: label -> {x: (mean, low, high)}; times: x -> t, a second axis if any. Without matplotlib no picture: the CSV has the numbers."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return print("no curve: matplotlib is missing, pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for label, (x, middle, low, high) in lines.items():
-        axes.fill_between(x, low, high, alpha=0.25)
-        axes.plot(x, middle, label=label)
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        mean, low, high = zip(*curve.values())
+        axes.fill_between(list(curve), low, high, alpha=0.25)
+        axes.plot(list(curve), mean, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
     if times:
         some = list(times)[::max(1, len(times) // 6)]
         axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(path)
 
@@ -413,91 +428,66 @@ def plot(path, lines, xlabel, ylabel, times=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Fig. 3
 
-def shuffle(clips, frames, seed):
-    """One permutation of the frames per clip, never the identity: (B, T)."""
-    rows = []
-    for i in range(clips):
-        g = train.generator(seed, "permute", i)
-        p = torch.randperm(frames, generator=g)
-        while frames > 1 and (p == torch.arange(frames)).all():
-            p = torch.randperm(frames, generator=g)
-        rows.append(p)
-    return torch.stack(rows)
-
-
 @torch.no_grad()
 def permute(a):
-    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t.
+    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t: the schedule's, and uniform.
 
-    At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others. Read the rest against it.
+    At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others.
     """
-    models, config = load(a, ("base", "control", "videojam"))
-    device, tae, sigma, C = (one := next(iter(models.values()))).device, one.tae, config["flow"]["sigma"], config["tae"]["channels"]
-    world, T, S = data.open_data(config, "test"), config["frames"], config["sample"]["steps"]
-    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
-    axis = [("schedule", k, times[k].item()) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
-    order, rows, compared = shuffle(a.clips, T, a.seed), [], {name: (model, model.motion) for name, model in models.items()}
+    models, config = load(a, "base", "control", "videojam")
+    one, world, C, S = next(iter(models.values())), data.open_data(config, "test"), config["tae"]["channels"], config["sample"]["steps"]
+    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"]).tolist()
+    points = [("schedule", k, times[k]) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
+    compared = {name: (model, model.motion) for name, model in models.items()}
     if "videojam" in models:                                                    # does the net notice, or only the motion that it is shown?
         compared["videojam, d = 0"] = models["videojam"], False
-    for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
-        index = list(range(first, min(first + 32, a.clips)))
-        got, p = world.batch(index, device), order[index]
-        shuffled = torch.stack([v[:, q] for v, q in zip(got["video"], p)])
+    order = torch.stack([torch.randperm(config["frames"], generator=train.generator(a.seed, "permute", i)) for i in range(a.clips)])    # (clips, T)
+    order = torch.where((order.diff() == 1).all(1, keepdim=True), order.roll(1, 1), order)     # never the identity
+    rows = []
+    for index, got in batches(a, world, one.device):
+        shuffled = torch.stack([video[:, p] for video, p in zip(got["video"], order[index])])
         # The exact flow of the shuffled clip takes its frame k, which is frame p_k, to frame p_k+1; the last one on as before.
-        own = torch.stack([data.flow_between([spec], q.tolist(), [*q[1:].tolist(), q[-1].item() + 1], *world.shape[1:], device)[0]
-                           for spec, q in zip(got["spec"], p)])
-        encode = lambda video, d: data.encode(tae, dict(video=video, flow=d), sigma)
+        own = torch.stack([data.flow_between([spec], p, [*p[1:], p[-1] + 1], *world.shape[1:], one.device)[0]
+                           for spec, p in zip(got["spec"], order[index])])
+        encode = lambda video, d: data.encode(one.tae, dict(video=video, flow=d), config["flow"]["sigma"])
         z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
-        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(device)
-        for name, (model, motion) in compared.items():
-            text, mask = model.text(got["caption"])
-            for kind, k, t in axis:
-                ts = torch.full((len(index),), t, device=device)
-                for which in ("clean", "own", "original") if motion else ("clean", "own"):
-                    z1, z0 = (z[which], noise) if model.motion else (z[which][:, :C], noise[:, :C])
-                    zt, v = train.interpolate(z1, z0, ts), train.velocity(z1, z0)
-                    if model.motion and not motion:
+        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(one.device)
+        for name, (model, shown) in compared.items():
+            text, streams = model.text(got["caption"]), slice(2 * C if model.motion else C)
+            for point in points:
+                t = torch.full((len(index),), point[2], device=one.device)      # (B,)
+                for frames in z if shown else ("clean", "own"):
+                    z1, z0 = z[frames][:, streams], noise[:, streams]           # (B, C or 2C, T, H, W)
+                    zt, v = train.interpolate(z1, z0, t), train.velocity(z1, z0)
+                    if not shown:
                         zt[:, C:] = 0
-                    u = model.dit(zt, ts, text, mask)
-                    x, d = train.mse(u[:, :C], v[:, :C]), train.mse(u[:, C:], v[:, C:]) if motion else [math.nan] * len(index)
-                    rows += [dict(model=name, axis=kind, step=k, t=t, clip=i, frames=which, loss_x=float(lx), loss_d=float(ld))
-                             for i, lx, ld in zip(index, x, d)]
+                    u = model.dit(zt, t, *text)
+                    errors = train.mse(u[:, :C], v[:, :C]).tolist(), train.mse(u[:, C:], v[:, C:]).tolist()     # Eqs. 3 and 6, clip by clip
+                    rows += [dict(model=name, point=point, frames=frames, clip=i, appearance=x, joint=x + d) for i, x, d in zip(index, *errors)]
     rows = gather(rows)
     return rows if train.RANK else report_permute(a, rows, S)
 
 
-def report_permute(a, rows, steps):
+def report_permute(a, rows, S):
     """The ratio permuted / clean per model and t, with intervals over the clips."""
-    losses = {}
-    for r in rows:
-        losses.setdefault((r["model"], r["axis"], r["step"], r["t"]), {}).setdefault(r["frames"], {})[r["clip"]] = (r["loss_x"], r["loss_d"])
-    table, lines = [], {}
-    for (model, axis, step, t), by in losses.items():
-        clean = np.array([by["clean"][i] for i in sorted(by["clean"])])         # (clips, 2)
-        for which in [w for w in ("own", "original") if w in by]:
-            other = np.array([by[which][i] for i in sorted(by["clean"])])
-            for what, c, o in (("appearance", clean[:, 0], other[:, 0]), ("joint", clean.sum(1), other.sum(1))):
-                if not np.isnan(c).any():
-                    draws = np.random.default_rng(0).integers(len(c), size=(1000, len(c)))
-                    low, high = np.quantile(o[draws].mean(1) / c[draws].mean(1), (0.025, 0.975))
-                    table.append(dict(model=model, axis=axis, step=step, t=round(t, 4), flow_of=which, loss=what, clean=c.mean(), permuted=o.mean(),
-                                      ratio=o.mean() / c.mean(), low=low, high=high))
-    out = pathlib.Path(a.run) / "probe"
+    table, curves, out = [], dict(schedule={}, uniform={}), pathlib.Path(a.run) / "probe"
+    for model, its in grouped(rows, "model").items():
+        for (axis, k, t), clips in grouped(its, "point").items():
+            by = grouped(clips, "frames")
+            for loss, which in (("appearance", "own"), ("joint", "own"), ("joint", "original"))[:3 if "original" in by else 1]:
+                clean, permuted = ([r[loss] for r in by[frames]] for frames in ("clean", which))
+                ratio, low, high = bootstrap(permuted, over=clean)
+                table.append(dict(model=model, axis=axis, step=k, t=round(t, 4), flow_of=which, loss=loss, clean=np.mean(clean),
+                                  permuted=np.mean(permuted), ratio=ratio, low=low, high=high))
+                label, x = model if loss == "appearance" else f"joint, {which}", k if axis == "schedule" else t
+                curves[axis].setdefault(label, {})[x] = ratio, low, high
     write_csv(out / "permute.csv", table)
-    models = list(dict.fromkeys(r["model"] for r in table))
-    columns = [(m, "appearance", "own") for m in models] + [("videojam", "joint", which) for which in ("own", "original")] * ("videojam" in models)
-    print(f"\nloss of permuted / clean clips, {a.clips} clips [95 %]; joint: appearance + motion, against the shuffled clip's own flow, or the original's")
-    print(f"{'step of ' + str(steps):>10}{'t':>7}" + "".join(f"{m if loss == 'appearance' else f'joint, {which}':>20}" for m, loss, which in columns))
-    rows_of = {(r["model"], r["loss"], r["flow_of"], r["axis"], r["step"]): r for r in table}
-    for step, t in dict.fromkeys((r["step"], r["t"]) for r in table if r["axis"] == "schedule"):
-        cells = [rows_of[m, loss, which, "schedule", step] for m, loss, which in columns]
-        print(f"{step:>10}{t:>7.3f}" + "".join("{:>20}".format("{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**c)) for c in cells))
-    for axis, label in (("schedule", "step"), ("uniform", "t")):
-        for m in models:
-            r = [r for r in table if (r["model"], r["axis"], r["loss"], r["flow_of"]) == (m, axis, "appearance", "own")]
-            lines[m] = ([c[label] for c in r], [c["ratio"] for c in r], [c["low"] for c in r], [c["high"] for c in r])
-        times = {r["step"]: r["t"] for r in table if r["axis"] == "schedule"} if axis == "schedule" else None
-        plot(out / f"permute-{axis}.png", lines, f"step of {steps}" if times else "t", "appearance loss, permuted / clean", times)
+    print(f"\nloss of permuted / clean clips, {a.clips} of them [95 %]; joint: appearance + motion, own: against the flow of the shuffled clip\n")
+    steps, shown = {r["step"]: r["t"] for r in table if r["axis"] == "schedule"}, curves["schedule"]
+    print(markdown([f"step of {S} (t)", *shown], [[f"{k} ({t:.2f})", *(cell(*curve[k]) for curve in shown.values())] for k, t in steps.items()]))
+    for axis, xlabel, times in (("schedule", f"step of {S}", steps), ("uniform", "t", None)):
+        some = {label: curve for label, curve in curves[axis].items() if not label.startswith("joint")}
+        plot(out / f"permute-{axis}.png", some, xlabel, "appearance loss, permuted / clean", times)
     return table
 
 
@@ -507,57 +497,46 @@ def report_permute(a, rows, steps):
 @torch.no_grad()
 def sdedit(a):
     """Fig. 8: noise a clip to step k, finish the generation with its own caption, and see what of the clip is left."""
-    models, config = load(a, ("videojam",) if a.stage is None else (a.stage,))
-    (stage, model), = models.items()
-    sigma, C, S = config["flow"]["sigma"], config["tae"]["channels"], config["sample"]["steps"]
+    models, config = load(a, "videojam")
+    model, sigma, S = models["videojam"], config["flow"]["sigma"], config["sample"]["steps"]
     times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
-    world, steps, rows, kept = data.open_data(config, "test"), sorted({round(S * p / 100) for p in range(0, 101, 10)}), [], {}
-    for first in range(train.RANK * 32, a.clips, 32 * train.WORLD):
-        index = list(range(first, min(first + 32, a.clips)))
-        got = world.batch(index, model.device)
-        z1 = data.encode(model.tae, got, sigma)[:, :(2 if model.motion else 1) * C]
-        z0 = sample.noise(model, [a.seed + i for i in index])
+    steps, rows, kept = sorted({round(S * p / 100) for p in range(0, 101, 10)}), [], {}
+    for index, got in batches(a, data.open_data(config, "test"), model.device):
+        z1, z0 = data.encode(model.tae, got, sigma), sample.noise(model, [a.seed + i for i in index])
+        kept.setdefault("source", [got["video"].cpu(), flow.flow_to_rgb(got["flow"], sigma).cpu()])
         for k in steps:
             z = train.interpolate(z1, z0, times[k].to(model.device).expand(len(index)))
             for _, _, z in sample.sampler(model, got["caption"], index, start=k, z=z):
                 pass
-            video, motion = (None if v is None else v.cpu() for v in sample.decode(model, z))
-            if first == 0:
-                kept[k] = video, motion
-            for i, clip, truth, spec in zip(index, video, got["video"].cpu(), got["spec"]):
-                seen, was = see(clip, spec["objects"][0]["color"]), see(truth, spec["objects"][0]["color"])
-                both = seen.found & was.found
-                gap = (seen.centroid - was.centroid)[both]
-                rows.append(dict(step=k, clip=i, psnr=sample.psnr(clip[None], truth[None]), rms=(clip - truth).square().mean().sqrt().item(),
-                                 found=seen.found.float().mean().item(), place_px=gap.norm(dim=1).mean().item(),
-                                 path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
+            video, motion = (stream.cpu() for stream in sample.decode(model, z))
+            kept.setdefault(k, [video, motion])
+            for i, clip, source, spec in zip(index, video, got["video"].cpu(), got["spec"]):
+                seen, was = (see(v, spec["objects"][0]["color"]) for v in (clip, source))
+                gap = (seen.centroid - was.centroid)[seen.found & was.found]    # (frames where both are seen, 2)
+                rows.append(dict(step=k, clip=i, psnr=sample.psnr(clip[None], source[None]), rms=(clip - source).square().mean().sqrt().item(),
+                                 place_px=gap.norm(dim=1).mean().item(), path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
     rows = gather(rows)
-    if train.RANK:
-        return rows
-    out, table = pathlib.Path(a.run) / "probe", []
-    for k in steps:
-        here, row = [r for r in rows if r["step"] == k], dict(step=k, percent=100 * k / S, t=round(times[k].item(), 4))
-        for name in ("psnr", "rms", "found", "place_px", "path_px"):
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = bootstrap([r[name] for r in here])
-        table.append(row)
+    return rows if train.RANK else report_sdedit(a, rows, times, kept)
+
+
+def report_sdedit(a, rows, times, kept):
+    """What is left of the source by step, with intervals over the clips; a sheet of three clips finished from 20, 60, 80 % of the steps."""
+    S, out, by, table, curves = len(times) - 1, pathlib.Path(a.run) / "probe", {}, [], {}
+    for k, clips in grouped(rows, "step").items():
+        table.append(dict(step=k, t=round(times[k].item(), 4)))
+        for name in ("psnr", "rms", "place_px", "path_px"):
+            by[name, k] = bootstrap([r[name] for r in clips])
+            table[-1].update(zip((name, f"{name}_low", f"{name}_high"), by[name, k]))
     write_csv(out / "sdedit.csv", table)
-    print(f"\n{stage}: what is left of the source, {a.clips} clips [95 %]; place: distance of the object's centre, path: the same after a common shift")
-    print(f"{'step':>5}{'%':>5}{'t':>7}{'PSNR dB':>22}{'place px':>22}{'path px':>22}")
-    for r in table:
-        cell = lambda name: "{:>22}".format(f"{r[name]:.2f} [{r[name + '_low']:.2f}, {r[name + '_high']:.2f}]")
-        print(f"{r['step']:>5}{r['percent']:>5.0f}{r['t']:>7.3f}" + cell("psnr") + cell("place_px") + cell("path_px"))
-    column = lambda name: [r[name] for r in table]
-    lines = {label: [column("percent")] + [[v / max(column(name)) for v in column(name + end)] for end in ("", "_low", "_high")]
-             for name, label in (("place_px", "place of the object"), ("path_px", "its path"), ("rms", "pixels (RMS)"))}
-    plot(out / "sdedit.png", lines, "% of the steps", "distance from the source, of its largest", {r["percent"]: r["t"] for r in table})
-    got, sheet = world.batch(range(min(3, a.clips))), []
-    for i in range(min(3, a.clips)):                                            # the source, then finished from 20, 60, 80 % of the steps
-        painted = flow.flow_to_rgb(got["flow"], sigma)
-        sheet += sample.interleave(got["video"][i:i + 1], painted[i:i + 1])
-        for k in sorted({min(steps, key=lambda s: abs(s - S * p / 100)) for p in (20, 60, 80)}):
-            video, motion = kept[k]
-            sheet += sample.interleave(video[i:i + 1], None if motion is None else motion[i:i + 1])
-    sample.write_sheet(out / "sdedit-sheet.png", sheet)
+    steps = {r["step"]: r["t"] for r in table}
+    print(f"\nwhat is left of the source, {a.clips} clips [95 %]; place: distance of the object's centre, path: the same after a common shift\n")
+    print(markdown([f"from step of {S} (t)", "PSNR dB", "place px", "path px"],
+                   [[f"{k} ({t:.2f})", *(cell(*by[name, k]) for name in ("psnr", "place_px", "path_px"))] for k, t in steps.items()]))
+    for name, label in (("place_px", "place of the object"), ("path_px", "its path"), ("rms", "pixels (RMS)")):
+        curves[label] = {k: np.array(by[name, k]) / max(r[name] for r in table) for k in steps}
+    plot(out / "sdedit.png", curves, f"step of {S}", "distance from the source, of its largest", steps)
+    some = ["source"] + sorted({round(S * p / 100) for p in (20, 60, 80)})
+    sample.write_sheet(out / "sdedit-sheet.png", [stream[i] for i in range(min(3, a.clips)) for k in some for stream in kept[k]])
     print(out / "sdedit-sheet.png")
     return table
 
@@ -570,7 +549,7 @@ VARIANTS = {                                                                    
     "without text guidance": ("videojam", dict(w1=0.0)), "without Inner-Guidance": ("videojam", dict(w2=0.0)),
     "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
     "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
-    "shown the true motion": ("videojam", dict(guidance="none")),              # not in the paper: how well do the frames follow a perfect d?
+    "shown the true motion": ("videojam", dict(guidance="none")),               # not in the paper: how well do the frames follow a perfect d?
 }
 SIZES = ("small", "medium", "large")
 HITS = ("colour", "shape", "motion", "direction", "dynamic")                    # right or wrong
@@ -595,28 +574,26 @@ def clips_of(a, name, prompts, d):
     if name.startswith("Eq. 8"):
         model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
     checksum = nets.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
-    key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed])
-    folder, parts_of = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
+    folder, paths = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(prompts), 32):
-        path, some = folder / f"{first}.pt", prompts[first:first + 32]
-        saved = torch.load(path, weights_only=True) if path.exists() else {}
-        if saved.get("key") != key or saved.get("prompts") != some:
-            if (first // 32) % train.WORLD == train.RANK:
-                seeds = [a.seed + first + i for i in range(len(some))]
-                if name == "shown the true motion":
-                    video, motion = show_motion(model, some, seeds, d[first:first + 32], **options)
-                else:
-                    video, motion = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
-                byte = lambda v: None if v is None else ((v + 1) * 127.5).round().byte()
-                saved = dict(key=key, prompts=some, video=byte(video), motion=byte(motion))
-                torch.save(saved, f"{path}.tmp")
-                os.replace(f"{path}.tmp", path)
-        parts_of.append(path)
+        paths.append(folder / f"{first}.pt")
+        some, mine = prompts[first:first + 32], first // 32 % train.WORLD == train.RANK
+        key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed, some])
+        if not mine or paths[-1].exists() and torch.load(paths[-1], weights_only=True).get("key") == key:
+            continue
+        seeds = [a.seed + first + i for i in range(len(some))]
+        if name == "shown the true motion":
+            streams = show_motion(model, some, seeds, d[first:first + 32], **options)
+        else:
+            streams = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
+        streams = [((v + 1) * 127.5).round().byte() for v in streams if v is not None]
+        torch.save(dict(key=key, streams=streams), f"{paths[-1]}.tmp")
+        os.replace(f"{paths[-1]}.tmp", paths[-1])
     train.barrier()
-    parts_of = [torch.load(path, weights_only=True) for path in parts_of]
-    whole = lambda what: None if parts_of[0][what] is None else torch.cat([p[what] for p in parts_of]).float() / 127.5 - 1
-    return whole("video"), whole("motion")
+    parts = zip(*(torch.load(path, weights_only=True)["streams"] for path in paths))
+    video, *motion = (torch.cat(part).float() / 127.5 - 1 for part in parts)
+    return video, motion[0] if motion else None
 
 
 def side_by_side(clips, frames=4):
@@ -633,61 +610,63 @@ def score(name, video, flows, prompts, config):
         words = data.parse(prompts[i])
         row = read_clip(video[i], words, None if flows is None else flows[i], config["fps"], config["world"]["size"])
         rows.append(dict(variant=name, clip=i, prompt=prompts[i], kind=words["kind"], asked=words["motion"], **row))
-    return sorted(gather(rows), key=lambda r: r["clip"])
+    return gather(rows)
+
+
+def read_prompts(a):
+    """The prompts that can be scored, and those that can only be shown: of --prompts, or of the held-out ones."""
+    wanted = list(data.PROMPTS)
+    if a.prompts:
+        if not pathlib.Path(a.prompts).is_file():
+            raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
+        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()][:a.clips]
+    count, scored, unread = min(a.clips, len(wanted)), [], []
+    for prompt in (wanted[i * len(wanted) // count] for i in range(count)):     # of every kind, as they are in order of kind
+        try:
+            words = data.parse(prompt)
+            if words.get("camera") or words["motion"] in data.PAIRED and len(words["objects"]) < 2:
+                raise ValueError(f"{prompt!r}: found a panning camera or a motion of two with one named, expected neither")
+            scored.append(prompt)
+        except ValueError as error:
+            unread.append(prompt)
+            train.print0(f"{error}; sampled, shown, not scored")
+    if not wanted:
+        raise ValueError(f"--prompts {a.prompts}: found an empty file, expected at least one prompt")
+    return scored, unread
 
 
 @torch.no_grad()
 def ablate(a):
     """Tabs. 1 and 3 on 128 held-out prompts, the same seeds for all: every metric, by kind of motion and by the size of the object."""
-    models, config = load(a, ("base", "control", "videojam"))
-    sigma, wanted = config["flow"]["sigma"], list(data.PROMPTS)
-    if a.prompts:
-        if not pathlib.Path(a.prompts).is_file():
-            raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
-        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
-    count, unread = min(a.clips or (len(wanted) if a.prompts else 128), len(wanted)), []
-    wanted = [wanted[i * len(wanted) // count] for i in range(count)]           # of every kind, as they are in order of kind
-    for prompt in wanted:
-        try:
-            words = data.parse(prompt)
-            if words.get("camera") or words["motion"] in data.PAIRED and len(words["objects"]) < 2:
-                raise ValueError(f"{prompt!r}: found a panning camera or a motion of two with one named, expected neither")
-        except ValueError as error:
-            unread.append(prompt)
-            train.print0(f"{error}; sampled, shown, not scored")
-    prompts = [p for p in wanted if p not in unread]
-    if not wanted:
-        raise ValueError("no prompt: found an empty list, expected at least one text")
-    rows, shown, true = [], {}, torch.zeros(len(wanted), 2, *(config[key] for key in ("frames", "height", "width")))
+    models, config = load(a, "base", "control", "videojam")
+    prompts, unread = read_prompts(a)
+    sigma, out, rows, shown = config["flow"]["sigma"], pathlib.Path(a.run) / "probe", [], {}
+    true = torch.zeros(len(prompts + unread), 5, *(config[key] for key in ("frames", "height", "width")))       # 0: no truth of what cannot be read
     if prompts:
         truth = data.open_data(config, "test").of_prompts(prompts)
-        again = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
+        again, painted = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
         rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
-        rows += score("reconstructions", again[0], flow.rgb_to_flow(again[1], sigma), prompts, config)
-        true[:len(prompts)] = truth["flow"]
-        shown["ground truth"] = torch.cat([truth["video"], torch.zeros(len(unread), *truth["video"].shape[1:])])
+        rows += score("reconstructions", again, flow.rgb_to_flow(painted, sigma), prompts, config)
+        true[:len(prompts)] = torch.cat([truth["video"], truth["flow"]], 1)
+        shown["ground truth"] = true[:, :3]
     for name, (stage, _) in VARIANTS.items():
         if stage in models:
-            video, motion = clips_of(a, name, prompts + unread, true)
-            if prompts:
-                rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
-            shown[name] = video
+            video, motion = clips_of(a, name, prompts + unread, true[:, 3:])
+            rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
+            if name in ("base", "control", "VideoJAM"):
+                shown[name] = video
             if name == "VideoJAM":
                 shown["its motion"] = motion
     if train.RANK:
         return rows
-    out = pathlib.Path(a.run) / "probe"
-    shared = min(8, len(prompts))                                               # eight of the scored prompts, and all that could not be read
-    some = [*(i * len(prompts) // shared for i in range(shared)), *range(len(prompts), len(wanted))]
-    compared = [name for name in ("ground truth", "base", "control", "VideoJAM", "its motion") if name in shown]
-    for sheet, names in (("ablate", compared), ("ablations", [n for n in shown if n == "VideoJAM" or n not in compared])):
-        if names:
-            sample.write_sheet(out / f"{sheet}.png", [side_by_side([shown[name][i] for name in names]) for i in some], columns=1000)
-            print(f"{out / sheet}.png: {' | '.join(names)}")
-    print("its rows: " + " | ".join((prompts + unread)[i] for i in some))
+
+    count = min(8, len(prompts))                                                # eight of the scored prompts, and all that could not be read
+    some = [*(i * len(prompts) // count for i in range(count)), *range(len(prompts), len(prompts + unread))]
+    sample.write_sheet(out / "ablate.png", [side_by_side([clips[i] for clips in shown.values()]) for i in some], columns=1000)
+    print(f"{out / 'ablate.png'}: {' | '.join(shown)}\nits rows: {' | '.join((prompts + unread)[i] for i in some)}")
     if rows:
-        write_csv(out / "ablate-clips.csv", rows)
         stats = summary(rows)
+        write_csv(out / "ablate-clips.csv", rows)
         write_csv(out / "ablate.csv", stats)
         (out / "ablate.md").write_text(tables(rows, stats))
         print(tables(rows, stats))
@@ -698,10 +677,9 @@ def summary(rows):
     """Every metric's mean and 95 % interval per variant: over all clips, by kind of motion, by the object's size in the clip (Fig. 7)."""
     cut, table = np.nanquantile([r["area"] for r in rows if r["variant"] == "ground truth"], (1 / 3, 2 / 3)), []
     size = lambda r: "lost" if math.isnan(r["area"]) else SIZES[np.searchsorted(cut, r["area"])]
-    for variant in dict.fromkeys(r["variant"] for r in rows):
-        own = [r for r in rows if r["variant"] == variant]
-        groups = {"all": own, **{kind: [r for r in own if r["kind"] == kind] for kind in data.KINDS}, **{name: [r for r in own if size(r) == name] for name in SIZES}}
-        for group, some in groups.items():
+    for variant, own in grouped(rows, "variant").items():
+        for group in ("all", *data.KINDS, *SIZES):
+            some = [r for r in own if group in ("all", r["kind"], size(r))]
             for metric in COLUMNS:
                 values = [r[metric] for r in some if not math.isnan(r[metric])]
                 mean, low, high = bootstrap(values)
@@ -713,53 +691,35 @@ def summary(rows):
 
 def tables(rows, stats):
     """Markdown of `summary`'s stats: all metrics; VideoJAM less each variant, clip by clip; motion right by kind and by size."""
-    names, by, found = list(dict.fromkeys(r["variant"] for r in rows)), {}, {(r["variant"], r["group"], r["metric"]): r for r in stats}
-    for r in rows:
-        by.setdefault(r["variant"], {})[r["clip"]] = r
-
-    def cell(mean, low, high, metric, sign=""):
-        scale, digits, unit = (100, 0, "" if sign else " %") if metric in SHARES else (1, 2, "")
-        return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f}{unit} [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
-
-    def table(heads, cells, names=names):
-        lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *map(cells, [name] * len(heads), heads)] for name in names)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    stat = lambda name, group, metric: cell(*(found[name, group, metric][key] for key in ("mean", "low", "high")), metric)
-    less = lambda name, metric: cell(*bootstrap([by["VideoJAM"][i][metric] - r[metric] for i, r in by[name].items()]), metric, "+")
-    motion = lambda name, group: stat(name, group, "motion")
-    text = [table(COLUMNS, lambda name, metric: stat(name, "all", metric)), "Motion right, by kind:", table(data.KINDS, motion),
-            "Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(SIZES, motion)]
-    if "VideoJAM" in by:
-        text[1:1] = ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, [name for name in names if name != "VideoJAM"])]
+    own, found = grouped(rows, "variant"), {(r["variant"], r["group"], r["metric"]): (r["mean"], r["low"], r["high"]) for r in stats}
+    table = lambda heads, text_of, names: markdown(["", *heads], [[name, *(text_of(name, head) for head in heads)] for name in names])
+    every = lambda name, metric: cell(*found[name, "all", metric], metric in SHARES)
+    motion = lambda name, group: cell(*found[name, group, "motion"], True)
+    less = lambda name, metric: cell(*bootstrap([v[metric] - r[metric] for v, r in zip(own["VideoJAM"], own[name])]), metric in SHARES, "+")
+    text = [table(COLUMNS, every, own)]
+    if "VideoJAM" in own:
+        others = [name for name in own if name != "VideoJAM"]
+        text += ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, others)]
+    text += ["Motion right, by kind:", table(data.KINDS, motion, own)]
+    text += ["Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(SIZES, motion, own)]
     return "\n\n".join(text) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed.
 
-class Memory:
-    """Peak memory in bytes since `reset`, less what was there when this object was made: of the GPU, or resident in the process (Linux; elsewhere nan)."""
-
-    def __init__(self, device):
-        self.cuda, self.linux, self.before = device.type == "cuda", os.path.exists("/proc/self/clear_refs"), 0
-        if self.linux and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)                                                 # what was freed before goes back to the system
-        self.reset()
-        self.before = self.peak()
-
-    def reset(self):
-        if self.cuda:
+def peak_memory(device, reset=False):
+    """The most bytes taken since the last reset, of the GPU or resident in the process (Linux; elsewhere nan)."""
+    if device.type == "cuda":
+        if reset:
             torch.cuda.reset_peak_memory_stats()
-        elif self.linux:
-            pathlib.Path("/proc/self/clear_refs").write_text("5")               # VmHWM, the most that was resident, starts again
-
-    def peak(self):
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() - self.before
-        if not self.linux:
-            return math.nan
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) - self.before
+        return torch.cuda.max_memory_allocated()
+    if not os.path.exists("/proc/self/clear_refs"):
+        return math.nan
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)                                        # what was freed before goes back to the system
+        pathlib.Path("/proc/self/clear_refs").write_text("5")                   # VmHWM, the most that was resident, starts again
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 
 def timed(device, work):
@@ -787,16 +747,16 @@ def text_length(text, prompts):
 
 
 def time_training(config, device, seed, steps):
-    """Steps of training, as train.py takes them, of the base and of the joint net in turn -> seconds {motion: [...]}, peak bytes, the nets, tokens of the text.
+    """Steps of training, as train.py takes them, of base and joint net in turn -> seconds {motion: [...]}, peak bytes, the nets, tokens of the text.
 
-    One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and no more than two minutes once there are three.
+    One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and two minutes once there are three.
     """
     C, *size = nets.latent_size(config)
-    micro = train.micro_batches(config, config["batch"])
-    n = len(micro[0])
-    memory, parts = Memory(device), train.build_sharded(config, device, motion=True)
+    micro, batch = train.micro_batches(config, config["batch"]), config["batch"]
+    n, before, parts = len(micro[0]), peak_memory(device, reset=True), train.build_sharded(config, device, motion=True)
     state, layers = train.prepare(config, parts, 1e-4), (parts["dit"].motion_in, parts["dit"].motion_out)
-    z, prompts = torch.randn(n, 2 * C, *size, generator=train.generator(seed, "speed")), (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
+    z = torch.randn(n, 2 * C, *size, generator=train.generator(seed, "speed"))  # (n, 2C, T, H, W)
+    prompts = (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
     stored = parts["text"](prompts) if config["text"]["frozen"] else None       # as data.py stores them
 
     def latents(index):
@@ -805,44 +765,50 @@ def time_training(config, device, seed, steps):
 
     def step(k, motion):
         parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
-        train.gradient(config, state, losses[motion], k, micro, config["batch"])
+        train.gradient(config, state, losses[motion], k, micro, batch)
         train.update(config, state, k, 1e-4)
 
     for motion in (False, True, False, True):                                   # allocations, compilation
         step(0, motion)
-    memory.reset()
+    peak_memory(device, reset=True)
     took, start = {False: [], True: []}, time.perf_counter()
-    while len(took[True]) < steps and (train.WORLD > 1 or len(took[True]) < 3 or time.perf_counter() - start < 120):        # several ranks must stop together
-        for motion in (False, True):
-            took[motion].append(timed(device, lambda: step(len(took[True]), motion)))
-    return took, memory.peak(), parts, text_length(parts["text"], prompts)
+    for k in range(steps):
+        for motion in took:
+            took[motion].append(timed(device, lambda: step(k, motion)))
+        if k >= 2 and time.perf_counter() - start > 120 and train.WORLD == 1:   # several ranks must stop together
+            break
+    return took, peak_memory(device) - before, parts, text_length(parts["text"], prompts)
 
 
 def time_encoding_and_sampling(config, parts, device, seed):
-    """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]. The TAE's FLOPs are torch's own count."""
-    tae = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]."""
+    tae, prompts = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False), data.STRAIGHT[:1]
     model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
     got = data.MovingShapes(config["frames"], config["height"], config["width"], seed).batch(range(min(4, config["batch"])), device)
-    with torch.device("meta"), FlopCounterMode(display=False) as encoding, torch.no_grad():
-        latent = nets.build_tae(config).encode(torch.empty(1, 3, config["frames"], config["height"], config["width"]))
-    with torch.device("meta"), FlopCounterMode(display=False) as decoding, torch.no_grad():
-        nets.build_tae(config).decode(latent, config["frames"])
-    n, settings, memory = len(got["video"]), sample.settle(model), Memory(device)
-    seconds = min(timed(device, lambda: data.encode(tae, got, config["flow"]["sigma"])) for _ in range(3))
-    rows = [("encoding, both streams", seconds, n, 2 * n * encoding.get_total_flops(), memory.peak())]
-    memory = Memory(device)
-    branches = 2 * settings["steps"] + settings["motion_steps"]                 # Eq. 8: three in the first half, then two
-    seconds = timed(device, lambda: sample.generate(model, data.STRAIGHT[:1], [seed]))
-    return rows + [(f"sampling, {settings['steps']} steps, {branches} evaluations", seconds, 1,
-                    branches * nets.flops(config, True, text_length(model.text, data.STRAIGHT[:1])) + 2 * decoding.get_total_flops(), memory.peak())]
+    n, o = len(got["video"]), sample.settle(model)
+    with torch.device("meta"), torch.no_grad():                                 # the TAE's FLOPs are torch's own count
+        meta = nets.build_tae(config)
+        with FlopCounterMode(display=False) as encoding:
+            latent = meta.encode(torch.empty(1, *got["video"].shape[1:]))
+        with FlopCounterMode(display=False) as decoding:
+            meta.decode(latent, config["frames"])
+    evaluations = 2 * o["steps"] + o["motion_steps"]                            # Eq. 8: three in the first half, then two
+    drawing = evaluations * nets.flops(config, True, text_length(model.text, prompts)) + 2 * decoding.get_total_flops()
+    rows = []
+    for what, clips, flops, times, work in (
+            ("encoding, both streams", n, 2 * n * encoding.get_total_flops(), 3, lambda: data.encode(tae, got, config["flow"]["sigma"])),
+            (f"sampling, {o['steps']} steps, {evaluations} evaluations", 1, drawing, 1, lambda: sample.generate(model, prompts, [seed]))):
+        before = peak_memory(device, reset=True)
+        seconds = min(timed(device, work) for _ in range(times))
+        rows.append((what, seconds, clips, flops, peak_memory(device) - before))
+    return rows
 
 
 def speed(a):
     """Clips, tokens and FLOPs per second, their share of the peak (MFU) and memory of training (base and joint net in turn), encoding and sampling.
 
-    FLOPs are the model's own, a multiply-add counts two. A forward pass (`model.flops`) with N video and L text tokens, width D, SwiGLU's h, takes
-        depth [2 N (6 D² + 3 D h) + 4 L D² + 4 N (N + L) D] + 4 N D C p² per stream + text in, time, modulation + the text encoder,
-    a training step three times that. Attention counts whole; what checkpointing computes again does not count. Memory is what each part adds.
+    FLOPs are the model's own, `model.flops`, a training step three times a forward pass. Attention counts whole; what checkpointing computes again
+    does not count. Memory is what each part adds.
     """
     config = nets.load_config(a.settings)
     device = nets.find_device(a.device or config["device"])
@@ -853,28 +819,25 @@ def speed(a):
         torch.set_float32_matmul_precision("high")                              # as train.py
     fastest, which = peak_flops(config, device)
     took, bytes_, parts, length = time_training(config, device, a.seed, a.steps)
-    batch, rows = config["batch"], []
-    lines = [(f"training step, {what}", float(np.median(took[motion])), batch, 3 * batch * nets.flops(config, motion, length) / train.WORLD, bytes_)
-             for motion, what in ((False, "base"), (True, "joint"))]
+    batch, N = config["batch"], math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
+    parts_of = [(f"training step, {what}", np.median(took[motion]), batch, 3 * batch * nets.flops(config, motion, length) / train.WORLD, bytes_)
+                for motion, what in ((False, "base"), (True, "joint"))]
     if train.WORLD == 1:
-        lines += time_encoding_and_sampling(config, parts, device, a.seed)
-    N = math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
-    for what, seconds, clips, flops, peak in lines:
-        rows.append(dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
-                         share=flops / seconds / fastest, peak_gb=peak / 1e9))
+        parts_of += time_encoding_and_sampling(config, parts, device, a.seed)
     if train.RANK:
         return
-    out = pathlib.Path(config["run"]) / "probe" / "speed.csv"
-    write_csv(out, rows)
+    rows = [dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
+                 share=flops / seconds / fastest, peak_gb=peak / 1e9) for what, seconds, clips, flops, peak in parts_of]
+    write_csv(pathlib.Path(config["run"]) / "probe" / "speed.csv", rows)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "
           f"checkpointing={config['checkpointing']}, {train.WORLD} x {where}, torch {torch.__version__}\n")
-    print("| | seconds | clips/s | tokens/s | TFLOP/s each | MFU | memory |\n|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['what']} | {r['seconds']:.3g} | {r['clips_per_s']:.3g} | {r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {100 * r['share']:.1f} % | {r['peak_gb']:.2f} GB |")
+    line = "{what}|{seconds:.3g}|{clips_per_s:.3g}|{tokens_per_s:,.0f}|{tflops:.3g}|{share:.1%}|{peak_gb:.2f} GB"
+    print(markdown(["", "seconds", "clips/s", "tokens/s", "TFLOP/s each", "MFU", "memory"], [line.format(**row).split("|") for row in rows]))
     ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": train.WORLD})["together"]
-    print(f"\njoint / base: {np.median(ratio):.3f}x, the median of {len(ratio)} pairs (half of them within {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f})")
-    print(f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}; {out}")
+    low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
+    print(f"\njoint / base: {middle:.3f}x, the median of {len(ratio)} pairs (half of them within {low:.3f} to {high:.3f})\n"
+          f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -889,28 +852,23 @@ def main(argv=None):
     p.add_argument("--run", default="runs/tiny")
     p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
     p.add_argument("--steps", type=int, default=20, help="speed: training steps of each net (default 20, or as many as two minutes hold)")
-    p.add_argument("--stage", choices=("videojam", "base", "control"), help="sdedit: which model (default videojam)")
-    p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the 128 held-out ones")
+    p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the held-out ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="")
     a = p.parse_args(argv)
-    for flag in ("clips", "steps"):
-        if getattr(a, flag) is not None and getattr(a, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(a, flag)}: expected at least 1")
-    for flag, experiment in (("stage", "sdedit"), ("prompts", "ablate")):
-        if getattr(a, flag) and a.experiment != experiment:
-            raise ValueError(f"--{flag} is for {experiment}, found it with {a.experiment}: leave it out")
+    if a.clips is None:
+        a.clips = sys.maxsize if a.prompts else 128
+    if min(a.clips, a.steps) < 1:
+        raise ValueError(f"--clips {a.clips} --steps {a.steps}: expected at least 1 of each")
+    if a.prompts and a.experiment != "ablate":
+        raise ValueError(f"--prompts is for ablate, found it with {a.experiment}: leave it out")
     if a.settings and a.experiment != "speed":
         raise ValueError(f"{a.experiment} reads the config from --run, found {' '.join(a.settings)}: leave it out")
-    if a.experiment != "ablate":
-        a.clips = a.clips or 128
     if train.WORLD > 1:
         a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
         dist.init_process_group("nccl" if a.experiment == "speed" and a.device.startswith("cuda") else "gloo")
     EXPERIMENTS[a.experiment](a)
-    train.barrier()
-    if train.WORLD > 1:
-        dist.destroy_process_group()
+    train.close_process_group()
 
 
 if __name__ == "__main__":

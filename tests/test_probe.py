@@ -256,7 +256,7 @@ def test_permute_against_a_plain_loop(run):
     find = lambda *key: next(r for r in rows if (r["axis"], r["t"], r["flow_of"]) == ("uniform", "0.5", "own") and (r["model"], r["loss"]) == key)
     model = sample.load_run(run, "videojam")
     got = data.open_data(model.config, "test").batch([0])
-    order = probe.shuffle(1, 8, 0)[0]
+    order = torch.randperm(8, generator=train.generator(0, "permute", 0))
     spec, noise = got["spec"][0], torch.randn(8, 2, 4, 4, generator=train.generator(0, "noise", 0))
     own = torch.stack([data.flow_between([spec], int(i), int(j), 16, 16)[0] for i, j in zip(order, [*order[1:], order[-1] + 1])], 1)
     for name, video, d in (("clean", got["video"][0], got["flow"][0]), ("permuted", got["video"][0][:, order], own)):
@@ -295,6 +295,16 @@ def test_ablate_makes_each_clip_once(run, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in times} == times
     probe.main([*args, "--seed", "5"])
     assert all(p.stat().st_mtime_ns > t for p, t in times.items())
+
+
+def test_prompts_that_cannot_be_scored_are_shown(run, tmp_path, monkeypatch, capsys):
+    """--clips takes the first prompts of the file; where none of them can be read they are sampled and shown alone. References: the file, the clips."""
+    monkeypatch.setattr(probe, "VARIANTS", {"base": probe.VARIANTS["base"], "shown the true motion": probe.VARIANTS["shown the true motion"]})
+    (tmp_path / "p.txt").write_text("a dog in the snow\na cat in the rain\na red square moving right\n")
+    probe.main(["ablate", "--run", str(run), "--prompts", str(tmp_path / "p.txt"), "--clips", "2"])
+    assert "its rows: a dog in the snow | a cat in the rain\n" in capsys.readouterr().out
+    assert (run / "probe" / "ablate.png").exists() and not list((run / "probe").glob("*.csv"))
+    assert [len(torch.load(path, weights_only=True)["streams"][0]) for path in (run / "probe" / "clips").rglob("*.pt")] == [2, 2]
 
 
 def test_tables_compare_prompt_by_prompt():
@@ -372,8 +382,8 @@ def test_bad_input(run, tmp_path):
         probe.main(["ablate", "--run", str(run), "--prompts", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         probe.main(["permeate"])
-    with pytest.raises(ValueError, match="--stage is for sdedit"):
-        probe.main(["permute", "--run", str(run), "--stage", "base"])
+    with pytest.raises(ValueError, match="--prompts is for ablate"):
+        probe.main(["permute", "--run", str(run), "--prompts", "p.txt"])
     for stage in ("base", "control", "videojam"):
         (run / f"{stage}.pt").unlink()
     with pytest.raises(FileNotFoundError, match="train it first"):
