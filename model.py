@@ -71,6 +71,20 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class Gated(torch.autograd.Function):
+    """silu(gate) * value; autograd would keep silu(gate) as well for the backward pass, which is quick to compute again."""
+
+    @staticmethod
+    def forward(ctx, gate, value):
+        ctx.save_for_backward(gate, value)
+        return F.silu(gate) * value
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, value = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)
+
+
 class SwiGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
@@ -78,7 +92,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(Gated.apply(self.gate(x), self.up(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -619,7 +619,7 @@ def read_prompts(a):
     if a.prompts:
         if not pathlib.Path(a.prompts).is_file():
             raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
-        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()][:a.clips]
+        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
     count, scored, unread = min(a.clips, len(wanted)), [], []
     for prompt in (wanted[i * len(wanted) // count] for i in range(count)):     # of every kind, as they are in order of kind
         try:

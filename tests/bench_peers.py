@@ -11,7 +11,6 @@ the peak of a process of its own, less what was resident after the imports. No p
 Letters: B clips, T frames, H height, W width, N tokens, D width.
 """
 import argparse
-import json
 import pathlib
 import statistics
 import subprocess
@@ -59,17 +58,18 @@ def megabytes(a, case, name):
     got = subprocess.run(words + ["--compile"] * a.compile, capture_output=True, text=True)
     if got.returncode:
         raise SystemExit(got.stderr)
-    return json.loads(got.stdout.splitlines()[-1])
+    return float(got.stdout.splitlines()[-1])
 
 
 def compare(a, case, build, peers):
     """Build ours and the peers' works, time them in turn, print a line for each pair of (work, peer, target), and one of memory."""
     if a.only:                                                                  # in a process of its own: what does this one add?
-        memory = probe.Memory(torch.device(a.device))
+        device = torch.device(a.device)
+        before = probe.peak_memory(device, reset=True)
         for work in build(a, a.only).values():
             for _ in range(3):
                 work()
-        return print(json.dumps(memory.peak() / 2 ** 20))
+        return print((probe.peak_memory(device) - before) / 2 ** 20)
     works = {name: build(a, name) for name in ("ours", *peers)}
     for what in works["ours"]:
         took = alternate(a, {name: own[what] for name, own in works.items()}, a.reps)
@@ -210,9 +210,9 @@ def frames_in_memory(a, preset, frames):
     """Peak memory in GB of encoding and decoding `frames` frames of 256x256 in a process of its own, beyond the two videos themselves."""
     code = (f"import sys; sys.path.insert(0, {sys.path[0]!r}); import torch, model, probe; torch.set_num_threads({a.threads}); device = torch.device({a.device!r})\n"
             f"tae = model.build_tae(model.load_config(['preset={preset}'])).to(device, memory_format=torch.channels_last).requires_grad_(False)\n"
-            f"video = torch.rand(1, 3, {frames}, 256, 256, device=device); memory = probe.Memory(device)\n"
+            f"video = torch.rand(1, 3, {frames}, 256, 256, device=device); before = probe.peak_memory(device, reset=True)\n"
             f"with torch.no_grad(): again = tae.decode(tae.encode(video), {frames})\n"
-            f"print((memory.peak() - again.nbytes) / 1e9)")
+            f"print((probe.peak_memory(device) - before - again.nbytes) / 1e9)")
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if got.returncode:
         raise SystemExit(got.stderr)

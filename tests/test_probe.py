@@ -298,7 +298,7 @@ def test_ablate_makes_each_clip_once(run, tmp_path, capsys):
 
 
 def test_prompts_that_cannot_be_scored_are_shown(run, tmp_path, monkeypatch, capsys):
-    """--clips takes the first prompts of the file; where none of them can be read they are sampled and shown alone. References: the file, the clips."""
+    """--clips takes that many of the file's prompts; where none of them can be read they are sampled and shown alone. References: the file, the clips."""
     monkeypatch.setattr(probe, "VARIANTS", {"base": probe.VARIANTS["base"], "shown the true motion": probe.VARIANTS["shown the true motion"]})
     (tmp_path / "p.txt").write_text("a dog in the snow\na cat in the rain\na red square moving right\n")
     probe.main(["ablate", "--run", str(run), "--prompts", str(tmp_path / "p.txt"), "--clips", "2"])
