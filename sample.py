@@ -289,15 +289,16 @@ def report(model, seed=0, **options):
     print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
     for what, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
         print(f"  {what:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
-    print(f"{len(prompts)} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
-    cell = lambda hits: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hits / len(prompts), *interval(hits, len(prompts)))
+    total = len(prompts)
+    print(f"{total} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
+    cell = lambda hits: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hits / total, *interval(hits, total))
     for whose, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
         colour, direction = read_clips(clips, prompts)
-        numbers[whose.split()[0]] = {"colour": colour / len(prompts), "direction": direction / len(prompts)}
+        numbers[whose.split()[0]] = {"colour": colour / total, "direction": direction / total}
         print(f"  {whose:<54}{cell(colour):<22}{cell(direction)}")
     if motion is not None:                                                      # what the model says of its own clips
         direction = read_motion(motion, prompts, c["flow"]["sigma"])
-        numbers["motion_pictures"] = {"direction": direction / len(prompts)}
+        numbers["motion_pictures"] = {"direction": direction / total}
         print(f"  {'their motion pictures, read back':<76}{cell(direction)}")
     numbers["sheet"] = prompts[::9]
     write_sheet(f"{name}.png", interleave(video[::9], None if motion is None else motion[::9]))             # every direction once

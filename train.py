@@ -47,8 +47,8 @@ import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
-MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every", "save_every",
-              "keep_states", "sample_every", "tae.steps", "base.steps", "videojam.steps")
+MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every",
+              "save_every", "keep_states", "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,8 @@ def build_sharded(config, device, motion=False):
     if WORLD > 1:
         mesh = init_device_mesh(device.type, (WORLD,))
         # t in bf16 has 8 bits, which the timestep embedding multiplies by 1000: inputs are left alone, autocast casts what may be
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if config["precision"] == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        dtype = torch.bfloat16 if config["precision"] == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for net in [*parts["dit"].blocks, *parts.values()]:
             if list(net.parameters()):                                          # RandomText has none
                 fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)       # the root too: `swap` changes the shards between two forwards
@@ -218,7 +219,7 @@ def gradient(config, state, loss_of, step, micro, batch, sigterm=()):
             share = len(rows) / batch                                           # of the mean over the global batch
             (loss * share * (WORLD if sharded else 1)).backward()               # FSDP averages over the ranks; we want their sum
         add(sums, new)
-    for p in state.params.values():                                             # probe.py speed leaves two layers out; every rank reduces the same list
+    for p in state.params.values():                                             # probe.py speed leaves two out; all ranks reduce the same list
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     stop = torch.tensor([float(len(sigterm))], device=state.device)             # rides along: no collective of its own
     flat = torch.cat([value.flatten() for value in sums.values()] + [stop])
@@ -646,7 +647,7 @@ def plan(config):
 
 
 def done(config, stage):
-    """Is this stage's result in the run folder, as long as asked for? ValueError where it has another parent, or is shorter and others stand on it."""
+    """Is this stage's result there, as long as asked for? ValueError where it has another parent, or is shorter and others stand on it."""
     run = pathlib.Path(config["run"])
     path, parent = run / f"{stage}.pt", run / ("tae.pt" if stage == "base" else "base.pt")
     if not path.exists():
@@ -655,10 +656,10 @@ def done(config, stage):
     if stage != "tae" and saved["parent"] != nets.read_weights(parent)["checksum"]:
         raise ValueError(f"{path} was trained on another {parent.name} than the one beside it: delete {stage}.*, or take a new run folder")
     steps = config["videojam" if stage == "control" else stage]["steps"]
-    later = [name for name in {"tae": STAGES[1:], "base": STAGES[2:]}.get(stage, ()) if (run / f"{name}.pt").exists()]
+    later = [f"{name}.*" for name in {"tae": STAGES[1:], "base": STAGES[2:]}.get(stage, ()) if (run / f"{name}.pt").exists()]
     if saved["step"] < steps and later:
-        raise ValueError(f"{run}: {stage} would be trained on to {steps} steps, but {', '.join(f'{name}.pt' for name in later)} stand on what it is now: "
-                         f"delete {', '.join(f'{name}.*' for name in later)} first, or take a new run=folder")
+        raise ValueError(f"{run}: {stage} would be trained on to {steps} steps, but {', '.join(later)} stand on what it is now: "
+                         f"delete them first, or take a new run=folder")
     return saved["step"] >= steps
 
 
