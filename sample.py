@@ -19,13 +19,12 @@ import types
 import imageio
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data
 import flow
 import model as nets
-
-GUIDANCE = ("inner", "ip2p", "text", "none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,18 +32,13 @@ GUIDANCE = ("inner", "ip2p", "text", "none")
 
 # App. C names the schedule, Movie Gen defines it.
 def linear_quadratic_schedule(steps=100, linear_steps=50, emulated_steps=1000):
-    """Times t_0 = 0 < ... < t_steps = 1 (steps+1,): linear_steps of an emulated_steps-step linear schedule, then quadratic.
-
-    The quadratic part leaves with the linear slope. Raises ValueError for a schedule that does not increase.
-    """
+    """Times t_0 = 0 < ... < t_steps = 1 (steps+1,): linear_steps of an emulated_steps-step linear schedule, then quadratic with the same slope."""
     S, L, N = steps, linear_steps, emulated_steps
-    if not (0 < L < S <= N):
+    if not 0 < L < S <= N:                                                      # S > N would step back
         raise ValueError(f"schedule: found {S} steps, {L} linear, {N} emulated; expected 0 < linear < steps <= emulated")
     Q = S - L
     k = torch.arange(1, Q + 1, dtype=torch.float64)
     t = torch.cat([torch.arange(L + 1, dtype=torch.float64), L + k + (N - L - Q) * (k / Q) ** 2]) / N
-    if not (t.diff() > 0).all():
-        raise ValueError(f"schedule: {S} steps, {L} linear, {N} emulated does not increase")
     return t.float()
 
 
@@ -69,16 +63,14 @@ def load_run(run, stage="videojam", device=""):
     run = pathlib.Path(run)
     if not (run / "config.json").exists():
         raise FileNotFoundError(f"{run} is no run folder (it has no config.json): train first, python train.py run={run}")
-    config, device = nets.read_config(run / "config.json"), nets.find_device(device)
-    motion = stage == "videojam"
+    config, device, motion = nets.read_config(run / "config.json"), nets.find_device(device), stage == "videojam"
     tae_file, dit_file = nets.read_weights(run / "tae.pt"), nets.read_weights(run / f"{stage}.pt")
     if dit_file.get("tae") != tae_file["checksum"]:
         raise ValueError(f"{run}: {stage}.pt was trained on the latents of another tae.pt than the one beside it; train the {stage} again")
-    pick = lambda prefix: {name[len(prefix):]: w for name, w in dit_file["weights"].items() if name.startswith(prefix)}
     with torch.device("meta"):                                                  # no memory and no first weights: those of the files follow
-        parts = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion)
-    files = (tae_file["weights"], run / "tae.pt"), (pick("text."), run / f"{stage}.pt"), (pick("dit."), run / f"{stage}.pt")
-    tae, text, dit = (nets.load_into(net.to_empty(device=device), *file).eval().requires_grad_(False) for net, file in zip(parts, files))
+        tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion)
+    for net, file, name in ((tae, tae_file, "tae.pt"), (nn.ModuleDict(dict(text=text, dit=dit)), dit_file, f"{stage}.pt")):
+        nets.load_into(net.to_empty(device=device), file["weights"], run / name).eval().requires_grad_(False)
     return types.SimpleNamespace(config=config, tae=tae, text=text, dit=dit, motion=motion, device=device, stage=stage, run=run)
 
 
@@ -98,19 +90,20 @@ def guided_velocity(model, z, t, text, mask, guidance, w1, w2, motion_on, use_mo
     text, mask: features of the B prompts and, in the last row, of the empty one. motion_on: within the steps where d guides.
     """
     B, C = len(z), nets.latent_size(model.config)[0]
-    ip2p, third = guidance == "ip2p", guidance in ("inner", "ip2p") and motion_on and use_motion
+    combine, neutral = (ip2p_guidance, 1.0) if guidance == "ip2p" else (inner_guidance, 0.0)
     # Each branch is (keeps d, keeps y). The third is evaluated only where it is used: 250 instead of 300 branches in 100 steps.
-    branches = [(1, 1)] + [(1, 0)] * (guidance != "none") + [(0, 0) if ip2p else (0, 1)] * third
+    branches = [(1, 1)] + [(1, 0)] * (guidance != "none")
+    if guidance in ("inner", "ip2p") and motion_on and use_motion:
+        branches += [(0, 1) if guidance == "inner" else (0, 0)]
     zero_d = torch.cat([z[:, :C], torch.zeros_like(z[:, C:])], dim=1)           # d = 0 exactly, as in training
     inputs = torch.cat([z if keep_d and use_motion else zero_d for keep_d, _ in branches])
     rows = torch.cat([torch.arange(B) if keep_y else torch.full((B,), -1) for _, keep_y in branches])
     pick = lambda f: [x[rows.to(x.device)] for x in f] if isinstance(f, list) else f[rows.to(f.device)]
     u = model.dit(inputs, t.expand(len(inputs)), pick(text), pick(mask)).chunk(len(branches))
-    if guidance == "none":
+    if len(branches) == 1:
         return u[0]
-    if guidance == "text" or not third:                                         # two branches: both formulas without motion
-        return ip2p_guidance(u[0], u[1], u[1], w1, 1.0) if ip2p else inner_guidance(u[0], u[1], u[1], w1, 0.0)
-    combine, neutral = (ip2p_guidance, 1.0) if ip2p else (inner_guidance, 0.0)
+    if len(branches) == 2:                                                      # text guidance: both formulas without motion
+        return combine(u[0], u[1], u[1], w1, neutral)
     out = combine(*u, w1, w2)
     if model.config["guide_motion"] == "text":                                  # README, choice 4: the third branch's motion half is untrained
         out = torch.cat([out[:, :C], combine(*u, w1, neutral)[:, C:]], dim=1)
@@ -163,8 +156,8 @@ def generate(model, prompts, seeds, bar=True, at_once=32, **options):
     options: those of `settle`. Without optical flow (use_motion=False) d stays noise, so there is no motion picture.
     """
     if not prompts:
-        raise ValueError("no prompt: found an empty list, expected at least one text")
-    videos, motions = [], []
+        raise ValueError('no prompt: found none, expected python sample.py "a red square moving right", or --prompts with a file of them')
+    videos, motions, use_motion = [], [], settle(model, **options)["use_motion"]
     with tqdm(total=math.ceil(len(prompts) / at_once) * (options.get("steps") or model.config["sample"]["steps"]),
               desc=f"sampling {len(prompts)}", unit="step", disable=not bar, leave=False) as progress:
         for i in range(0, len(prompts), at_once):
@@ -172,8 +165,8 @@ def generate(model, prompts, seeds, bar=True, at_once=32, **options):
                 progress.update(k > 0)
             video, motion = decode(model, z)
             videos.append(video.cpu())
-            motions.append(motion.cpu() if settle(model, **options)["use_motion"] else None)
-    return torch.cat(videos), None if motions[0] is None else torch.cat(motions)
+            motions.append(motion.cpu() if use_motion else None)
+    return torch.cat(videos), torch.cat(motions) if use_motion else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,15 +185,14 @@ def enlarge(frames, least):
 
 def write_video(path, video, fps, motion=None, least=256):
     """Write an H.264 mp4 that browsers play, or a gif, by the name's ending; the motion picture to the right of the appearance."""
-    frames = np.concatenate([enlarge(to_uint8(v), least) for v in (video, motion) if v is not None], axis=2)
     path = pathlib.Path(path)
-    if path.suffix not in (".mp4", ".gif"):
+    options = {".mp4": dict(plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2, pixelformat="yuv420p"),
+               ".gif": dict(plugin="pillow", duration=1000 / fps, loop=0)}
+    if path.suffix not in options:
         raise ValueError(f"{path}: unknown ending, expected .mp4 or .gif")
+    frames = np.concatenate([enlarge(to_uint8(v), least) for v in (video, motion) if v is not None], axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        imageio.v3.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
-    else:
-        imageio.v3.imwrite(path, frames, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2, pixelformat="yuv420p")
+    imageio.v3.imwrite(path, frames, **options[path.suffix])
 
 
 def write_sheet(path, rows, columns=8, least=64):
@@ -218,7 +210,7 @@ def write_sheet(path, rows, columns=8, least=64):
 
 def interleave(video, motion):
     """Clips and their motion pictures in turn, for a sheet."""
-    return [row for i in range(len(video)) for row in ([video[i]] if motion is None else [video[i], motion[i]])]
+    return list(video) if motion is None else [row for pair in zip(video, motion) for row in pair]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,18 +289,19 @@ def report(model, seed=0, **options):
     print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
     for what, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
         print(f"  {what:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
-    print(f"{len(prompts)} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
+    total = len(prompts)
+    print(f"{total} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
+    cell = lambda hits: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hits / total, *interval(hits, total))
     for whose, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
-        hits = dict(zip(("colour", "direction"), read_clips(clips, prompts)))
-        numbers[whose.split()[0]] = {what: hit / len(prompts) for what, hit in hits.items()}
-        cell = lambda hit: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hit / len(prompts), *interval(hit, len(prompts)))
-        print(f"  {whose:<54}" + "".join(f"{cell(hit):<22}" for hit in hits.values()))
+        colour, direction = read_clips(clips, prompts)
+        numbers[whose.split()[0]] = {"colour": colour / total, "direction": direction / total}
+        print(f"  {whose:<54}{cell(colour):<22}{cell(direction)}")
     if motion is not None:                                                      # what the model says of its own clips
-        right = read_motion(motion, prompts, c["flow"]["sigma"])
-        numbers["motion_pictures"] = {"direction": right / len(prompts)}
-        print(f"  {'their motion pictures, read back':<76}{100 * right / len(prompts):5.1f} % [{{:.0f}}, {{:.0f}}]".format(*interval(right, len(prompts))))
+        direction = read_motion(motion, prompts, c["flow"]["sigma"])
+        numbers["motion_pictures"] = {"direction": direction / total}
+        print(f"  {'their motion pictures, read back':<76}{cell(direction)}")
     numbers["sheet"] = prompts[::9]
-    write_sheet(f"{name}.png", interleave(video[::9], None if motion is None else motion[::9]))               # every direction once
+    write_sheet(f"{name}.png", interleave(video[::9], None if motion is None else motion[::9]))             # every direction once
     pathlib.Path(f"{name}.json").write_text(json.dumps(numbers, indent=1))
     return numbers
 
@@ -325,7 +318,7 @@ def arguments(argv=None):
     p.add_argument("--emulated", type=int, help="N of the schedule (default: the config's, in proportion to the steps)")
     p.add_argument("--w-text", type=float, dest="w1")
     p.add_argument("--w-motion", type=float, dest="w2")
-    p.add_argument("--guidance", default="inner", choices=GUIDANCE)
+    p.add_argument("--guidance", default="inner", choices=("inner", "ip2p", "text", "none"))
     p.add_argument("--guide-motion", choices=("text", "literal"), help="the motion half under Eq. 8 (README, choice 4; default: the config's)")
     p.add_argument("--motion-steps", type=int, help="steps in which motion guides (default: the first half)")
     p.add_argument("--no-motion", action="store_true", help="feed d = 0 at every step (Tab. 3, without optical flow)")
@@ -344,39 +337,38 @@ def main(argv=None):
     options = dict(steps=a.steps, w1=a.w1, w2=a.w2, guidance=a.guidance, motion_steps=a.motion_steps, use_motion=not a.no_motion, emulated=a.emulated)
     if a.report:
         return report(model, a.seed, **options)
-    prompts = list(a.prompt)
+    prompts = a.prompt
     if a.prompts:
         if not pathlib.Path(a.prompts).is_file():
             raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
         prompts += [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError('no prompt: found none, expected python sample.py "a red square moving right", or --prompts with a file of them')
     if a.count < 1:
         raise ValueError(f"--count {a.count}: expected at least 1")
-    out = pathlib.Path(a.out) if a.out else model.run / "samples"
+    out, fps = pathlib.Path(a.out) if a.out else model.run / "samples", model.config["fps"]
     if out.suffix not in ("", ".mp4", ".gif"):
         raise ValueError(f"--out {out}: unknown ending, expected .mp4, .gif or a folder's name without a dot")
     (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)      # before the work, not after
-    fps = model.config["fps"]
-    jobs = [(prompt, i) for prompt in prompts for i in range(a.count)]
-    seeds = [a.seed + n for n in range(len(jobs))]
-    video, motion = generate(model, [prompt for prompt, _ in jobs], seeds, **options)
-    settings = {"run": a.run, "stage": a.stage, **settle(model, **options), "guide_motion": model.config["guide_motion"], "config": model.config}
+    prompts = [prompt for prompt in prompts for _ in range(a.count)]
+    seeds = range(a.seed, a.seed + len(prompts))
+    video, motion = generate(model, prompts, seeds, **options)
+    settings = settle(model, **options)
     if a.prompts and a.out and not out.suffix:                                  # VBench: flat mp4 files of the appearance alone
-        names = {f"{n:04d}-{i}.mp4": prompt for n, (prompt, i) in enumerate(jobs)}
+        names = {f"{n:04d}-{n % a.count}.mp4": prompt for n, prompt in enumerate(prompts)}
         for clip, name in zip(video, names):
             write_video(out / name, clip, fps, least=128)                       # VBench's RAFT breaks below 128 px
         (out / "prompts.json").write_text(json.dumps(names, indent=1))
-        print(f"seeds {seeds[0]} to {seeds[-1]}, {settle(model, **options)}")
+        print(f"seeds {seeds[0]} to {seeds[-1]}, {settings}")
         print(f"{len(names)} clips in {out}; vbench evaluate --videos_path {out} --mode=custom_input --prompt_file {out / 'prompts.json'}")
         return
-    slug = lambda prompt: re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    for n, (prompt, i) in enumerate(jobs):
-        one = out.suffix and len(jobs) == 1
-        path = out if one else out.with_stem(f"{out.stem}-{n}") if out.suffix else out / f"{a.stage}-{slug(prompt)}-{seeds[n]}.mp4"
-        write_video(path, video[n], fps, None if motion is None else motion[n])
-        write_sheet(path.with_suffix(".png"), interleave(video[n:n + 1], None if motion is None else motion[n:n + 1]))
-        path.with_suffix(".json").write_text(json.dumps({**settings, "prompt": prompt, "seed": seeds[n]}, indent=1))
+    settings = {"run": a.run, "stage": a.stage, **settings, "guide_motion": model.config["guide_motion"], "config": model.config}
+    for prompt, seed, clip, picture in zip(prompts, seeds, video, [None] * len(video) if motion is None else motion):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        path = out if out.suffix else out / f"{a.stage}-{slug}-{seed}.mp4"
+        if out.suffix and len(prompts) > 1:
+            path = out.with_stem(f"{out.stem}-{seed - a.seed}")
+        write_video(path, clip, fps, picture)
+        write_sheet(path.with_suffix(".png"), [clip] if picture is None else [clip, picture])
+        path.with_suffix(".json").write_text(json.dumps({**settings, "prompt": prompt, "seed": seed}, indent=1))
         print(f"{path} and its .png sheet and .json settings")
 
 

@@ -47,9 +47,8 @@ import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
-LONGER = "run=runs/hour data.cache=20000 tae.steps=6000 base.steps=2000 videojam.steps=11000 videojam.lr=2e-3"
-MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every", "save_every", "keep_states",
-              "sample_every", "tae.steps", "base.steps", "videojam.steps")
+MAY_CHANGE = ("stages", "device", "plan", "gpus", "utilisation", "tflops", "run", "micro_batch", "checkpointing", "compile", "log_every",
+              "save_every", "keep_states", "sample_every", "tae.steps", "base.steps", "videojam.steps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,11 +138,6 @@ def close_process_group():
         dist.destroy_process_group()
 
 
-def full(w):
-    """A sharded tensor, whole; all ranks must ask."""
-    return w.full_tensor() if isinstance(w, DTensor) else w
-
-
 def build_sharded(config, device, motion=False):
     """{"text", "dit"} on the device with their first weights; over several ranks sharded by FSDP2 (ZeRO-3): each DiT block, then what is left of each net.
 
@@ -159,7 +153,8 @@ def build_sharded(config, device, motion=False):
     if WORLD > 1:
         mesh = init_device_mesh(device.type, (WORLD,))
         # t in bf16 has 8 bits, which the timestep embedding multiplies by 1000: inputs are left alone, autocast casts what may be
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if config["precision"] == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        dtype = torch.bfloat16 if config["precision"] == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for net in [*parts["dit"].blocks, *parts.values()]:
             if list(net.parameters()):                                          # RandomText has none
                 fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)       # the root too: `swap` changes the shards between two forwards
@@ -176,54 +171,62 @@ def prepare(config, parts, lr):
     """Parts (name -> net) -> net, params, optimizer, weights, ema, and `tensors`: all of it by name, what a checkpoint holds."""
     net = nn.ModuleDict(parts).train()
     scales = {"text": config["text"]["lr"]}                                     # an embedding of bytes forgets its text at the DiT's rate
-    groups = [dict(params=list(part.parameters()), lr_scale=scales.get(name, 1.0)) for name, part in net.items() if list(part.parameters())]
+    groups = [dict(params=list(part.parameters()), lr_scale=scales.get(name, 1.0)) for name, part in net.items()]
     params = dict(net.named_parameters())
     device = next(iter(params.values())).device
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=device.type in ("cuda", "cpu"))
-    where = device if optimizer.defaults["fused"] else "cpu"
-    for p in params.values():                                                   # DCP loads in place, and AdamW has no state before its first step: made here
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=fused)
+    where = device if fused else "cpu"
+    for p in params.values():                                                   # DCP loads in place; AdamW has no state before its first step
         optimizer.state[p] = dict(step=torch.zeros((), device=where), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    weights = {**params, **dict(net.named_buffers())}                           # the live tensors; those of state_dict() FSDP may leave behind
+    weights = dict(net.state_dict(keep_vars=True))                              # the live tensors; detached ones FSDP may leave behind
     ema = {name: w.detach().clone() for name, w in weights.items()}
     moments = {key: {name: optimizer.state[p][key] for name, p in params.items()} for key in ("exp_avg", "exp_avg_sq")}
-    return types.SimpleNamespace(net=net, params=params, optimizer=optimizer, weights=weights, ema=ema, device=device, tensors=dict(net=weights, ema=ema, **moments))
+    tensors = dict(net=weights, ema=ema, **moments)
+    return types.SimpleNamespace(net=net, params=params, optimizer=optimizer, weights=weights, ema=ema, device=device, tensors=tensors)
 
 
 def micro_batches(config, batch):
-    """This rank's samples of the global batch, cut for gradient accumulation: as many cuts on every rank, as their collectives meet in each.
-
-    ValueError where a rank would have nothing to do in one of them.
-    """
+    """This rank's samples of the global batch, cut for gradient accumulation: as many cuts on every rank, as their collectives meet in each."""
     rows, largest = list(range(RANK, batch, WORLD)), math.ceil(batch / WORLD)
     n = math.ceil(largest / (config["micro_batch"] or largest))
     if n > batch // WORLD:
-        raise ValueError(f"batch={batch} over {WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // WORLD} clips for {n} micro-batches, "
-                         f"expected a clip for each: take another micro_batch or number of ranks")
+        raise ValueError(f"batch={batch} over {WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // WORLD} clips "
+                         f"for {n} micro-batches, expected a clip for each: take another micro_batch or number of ranks")
     return [rows[i::n] for i in range(n)]
+
+
+def tally(x, counted):
+    """Sum of x (B,) over the clips that are counted, and their number: (2,); counted (B,), or (B, 10), one column per tenth of t: (2, 10)."""
+    return torch.stack([x.detach() @ counted.float(), counted.float().sum(0)])
+
+
+def add(totals, new):
+    for name, value in new.items():
+        totals[name] = totals.get(name, 0) + value
 
 
 def gradient(config, state, loss_of, step, micro, batch, sigterm=()):
     """Gradient of the global batch, clipped, in the parameters' .grad; micro-batches and ranks add up because the loss is linear in samples.
 
-    Returns {name: sum over the global batch, and "stop": ranks that got SIGTERM}, {name: (10,) sums per tenth of t of this rank}, the gradient's norm.
+    Returns {name: sum and count over the global batch (2, 1 or 10)} on the CPU, how many ranks got SIGTERM, the gradient's norm.
     """
     sharded = any(isinstance(p, DTensor) for p in state.params.values())
-    logs, by_t = {}, {}
+    sums = {}
     for rows in micro:
         with kernels(config, state.device):
-            loss, scalars, tenths = loss_of(step, rows)
+            loss, new = loss_of(step, rows)
             share = len(rows) / batch                                           # of the mean over the global batch
             (loss * share * (WORLD if sharded else 1)).backward()               # FSDP averages over the ranks; we want their sum
-        for total, new in ((logs, scalars), (by_t, tenths)):
-            for name, value in new.items():
-                total[name] = total.get(name, 0) + value.detach()
-    for p in state.params.values():                                             # probe.py speed leaves two layers out; every rank reduces the same list
+        add(sums, new)
+    for p in state.params.values():                                             # probe.py speed leaves two out; all ranks reduce the same list
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    logs["stop"] = torch.tensor(float(len(sigterm)), device=state.device)       # rides along: no collective of its own
-    sums = torch.stack(list(logs.values()))
-    sum_over_ranks([sums] + [p.grad for p in state.params.values() if not sharded])            # the TAE: whole on every rank, plain data parallel
+    stop = torch.tensor([float(len(sigterm))], device=state.device)             # rides along: no collective of its own
+    flat = torch.cat([value.flatten() for value in sums.values()] + [stop])
+    sum_over_ranks([flat] + [p.grad for p in state.params.values() if not sharded])             # the TAE: whole on every rank, plain data parallel
     norm = nn.utils.clip_grad_norm_(state.params.values(), config["clip"])
-    return dict(zip(logs, sums.tolist())), by_t, full(norm).item()
+    *values, stop = flat.cpu().double().split([value.numel() for value in sums.values()] + [1])
+    return {name: value.view(2, -1) for name, value in zip(sums, values)}, stop.item(), (norm.full_tensor() if sharded else norm).item()
 
 
 @torch.no_grad()
@@ -264,25 +267,19 @@ def save_state(folder, state, step, parent, keep):
     """Write step-N.tmp, rename it to step-N, delete all but the last `keep`; OSError where it cannot be written: the older ones stay."""
     path = folder / f"step-{step}"
     temporary = path.with_suffix(".tmp")
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so where there is one process
-            dcp.save(state.tensors, checkpoint_id=temporary)
+        dcp.save(state.tensors, checkpoint_id=temporary)
         if RANK == 0:
             (temporary / "state.json").write_text(json.dumps(dict(step=step, parent=parent)))
     except (CheckpointException, OSError) as error:
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        older = checkpoints(folder)
-        raise OSError(f"{path} could not be written ({cause(error)}): is the disk full? The last state is {older[0] if older else 'none'}; the same command goes on from it") from None
+        last = next(iter(checkpoints(folder)), "none")
+        raise OSError(f"{path} could not be written ({cause(error)}): is the disk full? The last state is {last}; the same command goes on") from None
     if RANK == 0:
         shutil.rmtree(path, ignore_errors=True)                                 # a torn one, else this step would not be taken again
         os.replace(temporary, path)
-        for old in [old for old in checkpoints(folder) if int(old.name[5:]) <= step][keep:]:     # a torn one of a later step is not one of the k
+        for old in [old for old in checkpoints(folder) if int(old.name[5:]) <= step][keep:]:    # a torn one of a later step is not one of the k
             shutil.rmtree(old, ignore_errors=True)
     barrier()
 
@@ -292,6 +289,7 @@ def load_state(folder, state, parent):
 
     ValueError for one of another parent or architecture, and where there are checkpoints and none can be read.
     """
+    expected = {f"{kind}.{name}": tuple(w.shape) for kind, named in state.tensors.items() for name, w in named.items()}
     torn, paths = [], [checkpoints(folder)]
     if WORLD > 1:
         dist.broadcast_object_list(paths)                                       # all try what rank 0 sees
@@ -299,25 +297,18 @@ def load_state(folder, state, parent):
         try:
             about = json.loads((path / "state.json").read_text())
             found = {name: tuple(w.size) for name, w in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
-        except Exception as error:                                              # unpickling raises anything
+            if about["parent"] == parent and found == expected:
+                dcp.load(state.tensors, checkpoint_id=path)
+        except (Exception, CheckpointException) as error:                       # unpickling raises anything
             torn.append(f"{path} is torn ({cause(error)})")
             print0(f"{torn[-1]}; trying the one before")
             continue
         if about["parent"] != parent:
             raise ValueError(f"{path} was trained on another base.pt or tae.pt than the one in {folder.parent}: delete {folder}, or take a new run folder")
-        expected = {f"{kind}.{name}": tuple(w.shape) for kind, named in state.tensors.items() for name, w in named.items()}
         for name in [*expected, *found]:
             if found.get(name) != expected.get(name):
-                raise ValueError(f"{path}: {name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}; it was made with another config: "
-                                 f"delete {folder}, or take a new run folder")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load(state.tensors, checkpoint_id=path)
-        except CheckpointException as error:
-            torn.append(f"{path} is torn ({cause(error)})")
-            print0(f"{torn[-1]}; trying the one before")
-            continue
+                raise ValueError(f"{path}: {name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}; "
+                                 f"it was made with another config: delete {folder}, or take a new run folder")
         for moments in state.optimizer.state.values():
             moments["step"].fill_(about["step"])
         return about["step"]
@@ -334,9 +325,9 @@ class Stopped(Exception):
 
 
 def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda net, step: None):
-    """Train `parts` (name -> net) by AdamW up to `steps` -> the net with its averaged weights, and those weights whole, on rank 0.
+    """Train `parts` (name -> net) by AdamW up to `steps` -> the net with its averaged weights.
 
-    loss_of(step, rows) -> (mean loss over these rows of the global batch, {name: sum of it over the rows}, {name: (10,) sums per tenth of t}).
+    loss_of(step, rows) -> mean loss over these rows of the global batch, {name: sum and count over the rows, (2,) or per tenth of t (2, 10)}.
     Resumes from <run>/<stage>.state. ValueError at the first loss that is not finite, leaving the last state as it was; Stopped after a SIGTERM.
     """
     run = pathlib.Path(config["run"])
@@ -352,32 +343,31 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
         for old in folder.glob("*.tmp"):                                        # saves that were killed
             shutil.rmtree(old, ignore_errors=True)
     micro = micro_batches(config, batch)
-    print0(f"{stage}: {count(state.net) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x {len(micro)} micro-batches x {len(micro[0])} clips")
-    totals, totals_by_t, interval_start, interval_step, stop = {}, {}, time.time(), step, False
+    print0(f"{stage}: {count(state.net) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x "
+           f"{len(micro)} micro-batches x {len(micro[0])} clips")
+    totals, start, first, stop = {}, time.time(), step, False                   # of the log's next line
     with sigterm() as came, tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True) as bar:
         while step < steps and not stop:
-            logs, by_t, norm = gradient(config, state, loss_of, step, micro, batch, came)
-            stop = logs.pop("stop") > 0                                         # all ranks know it in the same step
-            if not all(map(math.isfinite, (*logs.values(), norm))):             # stop before anything is spoilt
+            sums, stop, norm = gradient(config, state, loss_of, step, micro, batch, came)       # all ranks know of a SIGTERM in the same step
+            if not (math.isfinite(sums["loss"][0]) and math.isfinite(norm)):    # stop before anything is spoilt
                 bar.close()
-                last = checkpoints(folder)
-                raise ValueError(f"{stage}: the loss or its gradient is not finite at step {step}; nothing was saved, the last state is "
-                                 f"{last[0] if last else 'none'}; lower {stage}.lr or set another seed")
+                raise ValueError(f"{stage}: the loss or its gradient is not finite at step {step}; {folder} is as it was: "
+                                 f"lower {stage}.lr or set another seed")
             # linear warm-up, constant, linear cool-down; the paper's is constant throughout
             lr_now = lr * min(1, (step + 1) / (config["warmup"] + 1), (steps - step) / max(config["cooldown"] * steps, 1))
             update(config, state, step, lr_now)
             step += 1
             # ---- log, save, look
-            for total, new in ((totals, logs), (totals_by_t, by_t)):
-                for name, value in new.items():
-                    total[name] = total.get(name, 0) + value
-            bar.set_postfix(loss=f"{totals['loss'] / max(totals['clips'], 1):.4f}")
+            add(totals, sums)
+            total, clips = totals["loss"]
+            bar.set_postfix(loss=f"{(total / clips).item():.4f}")
             bar.update()
             if step % config["log_every"] == 0 or step == steps:
-                sum_over_ranks(list(totals_by_t.values()))                      # once per line of the log
+                seconds = (time.time() - start) / (step - first)
                 if RANK == 0:
-                    log_line(run, stage, step, totals, totals_by_t, lr=lr_now, norm=norm, seconds=time.time() - interval_start, steps=step - interval_step)
-                totals, totals_by_t, interval_start, interval_step = {}, {}, time.time(), step
+                    log_line(run, stage, step, totals, lr=lr_now, grad_norm=round(norm, 4),
+                             clips_per_s=round(batch / seconds, 2), seconds_per_step=round(seconds, 4))
+                totals, start, first = {}, time.time(), step
             if step % config["save_every"] == 0 or step == steps or stop:
                 save_state(folder, state, step, parent, config["keep_states"])
             if config["sample_every"] and step % config["sample_every"] == 0 and step < steps and not stop:
@@ -390,12 +380,7 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
     if stop or late > 0:
         raise Stopped(f"{stage}: SIGTERM at step {step} of {steps}, saved in {folder}; the same command goes on")
     swap(state)
-    weights = {}
-    for name, w in state.weights.items():
-        w = full(w)                                                             # one at a time, and rank 0 alone keeps them, in its RAM
-        if RANK == 0:
-            weights[name] = w.detach().cpu()
-    return state.net.eval().requires_grad_(False), weights
+    return state.net.eval().requires_grad_(False)
 
 
 def fastest_precision(device):
@@ -440,23 +425,26 @@ def forget_lines(path, stage, step):
         os.replace(path.with_suffix(".tmp"), path)
 
 
-def log_line(run, stage, step, sums, tenths, lr, norm, seconds, steps):
-    """Append one JSON line: means over the interval, the loss per tenth of t, clips per second."""
-    clips, kept = sums.pop("clips"), sums.pop("kept", None)
-    line = dict(stage=stage, step=step, **{k: round(v / (kept if k == "loss_d" and kept else clips), 5) for k, v in sums.items()})
-    counts = tenths.pop("count", None)
-    for name, values in tenths.items():
-        line[f"{name}_by_t"] = [round(v, 4) if n else None for v, n in zip((values / counts.clamp(min=1)).tolist(), counts.tolist())]
-    line.update(lr=lr, grad_norm=round(norm, 4), clips_per_s=round(clips / seconds, 2), seconds_per_step=round(seconds / steps, 4))
+def log_line(run, stage, step, sums, **rest):
+    """Append one JSON line: means over the interval, of the whole or per tenth of t (None where there was no clip), and the rest."""
+    line = dict(stage=stage, step=step)
+    for name, (total, count) in sums.items():
+        means = [round(mean, 5) if n else None for mean, n in zip((total / count).tolist(), count.tolist())]
+        line[name] = means if len(means) > 1 else means[0]
     with open(run / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({**line, **rest}) + "\n")
 
 
-def finish(config, stage, weights, step, parent="", tae=""):
+def finish(config, stage, net, step, parent="", tae=""):
     """<run>/<stage>.pt: plain averaged weights that torch.load(weights_only=True) reads, with config, checksum, the parent's and the TAE's."""
+    weights = {}
+    for name, w in net.state_dict().items():
+        w = w.full_tensor() if isinstance(w, DTensor) else w                    # one at a time, and rank 0 alone keeps them, in its RAM
+        if RANK == 0:
+            weights[name] = w.cpu()
     if RANK == 0:
-        nets.save(pathlib.Path(config["run"]) / f"{stage}.pt",
-                  dict(stage=stage, step=step, config=json.dumps(config), weights=weights, checksum=nets.checksum(weights), parent=parent, tae=tae))
+        about = dict(stage=stage, step=step, config=json.dumps(config), checksum=nets.checksum(weights), parent=parent, tae=tae)
+        nets.save(pathlib.Path(config["run"]) / f"{stage}.pt", {**about, "weights": weights})
     barrier()
 
 
@@ -489,41 +477,39 @@ def train_tae(config, clips, device):
         noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
         with precision(config, device):
             rec, reg, error = tae_loss(video, tae, config, noise)
-        square = error.detach().square().flatten(1).mean(1)                     # summed over half of the clips each, hence the 2 below
         loss = torch.where(painted, config["tae"]["motion"], 1.0) * rec + reg
-        scalars = dict(loss=loss.sum(), mse_x=2 * square[~painted].sum(), mse_d=2 * square[painted].sum(), clips=torch.tensor(float(len(rows)), device=device))
-        return loss.mean(), scalars, {}
+        square = error.square().flatten(1).mean(1)
+        return loss.mean(), dict(loss=tally(loss, torch.ones_like(loss)), mse_x=tally(square, ~painted), mse_d=tally(square, painted))
 
-    tae = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"])[0]["tae"]           # whole on every rank
+    tae = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"])["tae"]              # whole on every rank
     tae.statistics.copy_(measure_statistics(tae, clips, config, device))        # choice 3: measured once, stored with the weights
-    finish(config, "tae", {name: w.cpu() for name, w in tae.state_dict().items()}, config["tae"]["steps"])
-    if RANK == 0:                                                               # look: three clips and below each what the TAE makes of it
+    finish(config, "tae", tae, config["tae"]["steps"])
+    if RANK == 0:                                                               # look: three clips, and what the TAE makes of them
         got = clips.batch(range(min(3, n or 3)), device)
-        pairs = [(got["video"], False), (flow.flow_to_rgb(got["flow"], sigma), True)]
-        with torch.no_grad():
-            columns = [(v, tae.decode(tae.encode(v, m), v.shape[2], m)) for v, m in pairs]
+        video, rgb = got["video"], flow.flow_to_rgb(got["flow"], sigma)
+        video2, rgb2 = sample.reconstruct(types.SimpleNamespace(tae=tae, device=device), video, rgb)
         path = pathlib.Path(config["run"]) / "samples" / "reconstruction.png"
-        sample.write_sheet(path, [clip[i] for i in range(len(got["video"])) for column in columns for clip in column])
+        sample.write_sheet(path, [clip for four in zip(video, video2, rgb, rgb2) for clip in four])
         print0(f"tae: {path}: clip, reconstruction, motion, reconstruction")
 
 
 @torch.no_grad()
 def measure_statistics(tae, clips, config, device, count=256):
-    """Mean and standard deviation per channel of either stream's latents, over `count` training clips: (2, 2, C)."""
+    """Mean and standard deviation per channel of either stream's latents, over `count` training clips: (2, 2, C). The TAE's own are still 0 and 1."""
     n = len(clips) if config["data"]["root"] else count
-    streams = ([], [])
-    for chunk in data.in_chunks(0, min(n, count), config):
-        got = clips.batch(chunk, device)
-        for stream, video in zip(streams, (got["video"], flow.flow_to_rgb(got["flow"], config["flow"]["sigma"]))):
-            stream.append(torch.cat([tae.moments(v)[0] for v in video.split(tae.tile, dim=2)], dim=2).cpu())
-    return torch.stack([torch.stack([z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)).clamp(min=1e-6)]) for z in map(torch.cat, streams)])
+    chunks = [data.encode(tae, clips.batch(chunk, device), config["flow"]["sigma"]).cpu() for chunk in data.in_chunks(0, min(n, count), config)]
+    streams = torch.cat(chunks).chunk(2, dim=1)                                 # 2 x (n, C, T, H, W)
+    return torch.stack([torch.stack([z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)).clamp(min=1e-6)]) for z in streams])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 2 and 3: the DiT on latents. `base` and `control` are Eq. 3, `videojam` is Eq. 6.
 
 def dit_loss(config, parts, motion, latents, n, device, first=0):
-    """The loss_of of `fit` for the DiT: Eq. 6 with motion, else Eq. 3. latents(list of numbers of n clips, 0: endless) -> z, captions, stored features; first: steps before this stage."""
+    """The loss_of of `fit` for the DiT: Eq. 6 with motion, else Eq. 3; first: steps before this stage.
+
+    latents(list of numbers of n clips, 0: endless) -> z, captions, stored features.
+    """
     seed, batch, C = config["seed"], config["batch"], nets.latent_size(config)[0]
     text, dit = parts["text"], parts["dit"]
     empty = functools.cache(lambda: text([""]))                                 # used where the encoders are frozen
@@ -532,7 +518,8 @@ def dit_loss(config, parts, motion, latents, n, device, first=0):
         step += first
         z1, captions, stored = latents([clip_index(seed, step * batch + row, n) for row in rows])
         z1 = z1.to(device)
-        t, z0, keep_text, keep = map(torch.stack, zip(*(draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"], config["t_mean"]) for row in rows)))
+        drawn = [draw(seed, step, row, z1.shape[1:], config["drop_text"], config["drop_motion"], config["t_mean"]) for row in rows]
+        t, z0, keep_text, keep = map(torch.stack, zip(*drawn))
         t, z0, keep = t.to(device), z0.to(device), keep.to(device)
         if not motion:
             z1, z0 = z1[:, :C], z0[:, :C]                                       # the control sees the very noise that VideoJAM sees
@@ -543,19 +530,20 @@ def dit_loss(config, parts, motion, latents, n, device, first=0):
             u = dit(zt, t, *features(text, captions, keep_text, stored, empty))
         loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()           # Eq. 6, or Eq. 3
         # what is logged
-        loss_x = mse(u[:, :C], v[:, :C]).detach()
-        tenth = nn.functional.one_hot((t * 10).long().clamp(max=9), 10).float() # (B, 10)
-        scalars = dict(loss=loss * len(rows), loss_x=loss_x.sum(), clips=torch.tensor(float(len(rows)), device=device))
-        bins = dict(count=tenth.sum(0), loss_x=loss_x @ tenth)
+        loss_x, everyone = mse(u[:, :C], v[:, :C]), torch.ones_like(t)
+        sums = dict(loss=tally(loss.expand(len(t)), everyone), loss_x=tally(loss_x, everyone))
         if motion:
-            loss_d = keep * mse(u[:, C:], v[:, C:]).detach()
-            scalars.update(loss_d=loss_d.sum(), kept=keep.float().sum())
-        return loss, scalars, bins
+            sums["loss_d"] = tally(mse(u[:, C:], v[:, C:]), keep)
+        sums["loss_x_by_t"] = tally(loss_x, nn.functional.one_hot((t * 10).long().clamp(max=9), 10))
+        return loss, sums
     return loss_of
 
 
 def features(text, captions, keep, stored, empty):
-    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3). stored: those of frozen encoders, from <run>/latents; empty() those of ""."""
+    """Text features and mask of a batch, those of "" where the text is dropped (sec. 4.3).
+
+    stored: those of frozen encoders, from <run>/latents; empty() those of "".
+    """
     if stored is None:
         return text([caption if kept else "" for caption, kept in zip(captions, keep.tolist())])
     return tuple([torch.where(per_clip(keep.to(n.device), n), f.to(n), n) for f, n in zip(*pair)] for pair in zip(stored, empty()))
@@ -572,8 +560,9 @@ def train_dit(config, stage, latents, device):
         widened = [f"dit.{name}" for name in parts["dit"].state_dict() if name.startswith("motion_")]
         nets.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
     look = functools.partial(write_samples, config, stage, latents)
-    net, weights = fit(config, stage, parts, dit_loss(config, parts, motion, latents, latents.n, device, first), steps, batch=config["batch"], lr=lr, parent=parent, look=look)
-    finish(config, stage, weights, steps, parent, tae)
+    loss_of = dit_loss(config, parts, motion, latents, latents.n, device, first)
+    net = fit(config, stage, parts, loss_of, steps, config["batch"], lr, parent, look)
+    finish(config, stage, net, steps, parent, tae)
     look(net, steps)
 
 
@@ -657,35 +646,41 @@ def plan(config):
         print0(f"  {name:<20}{n / 1e9:12.3f} GB")
 
 
-def refuse_to_spoil(config):
-    """ValueError where a finished stage would be trained on although later ones stand on what it is now."""
+def done(config, stage):
+    """Is this stage's result there, as long as asked for? ValueError where it has another parent, or is shorter and others stand on it."""
     run = pathlib.Path(config["run"])
-    for stage, later in (("tae", STAGES[1:]), ("base", STAGES[2:])):
-        later = [name for name in later if (run / f"{name}.pt").exists()]
-        if stage in config["stages"] and later and (run / f"{stage}.pt").exists() and not done(config, stage):
-            raise ValueError(f"{run}: {stage} would be trained on to {config[stage]['steps']} steps, but {', '.join(f'{name}.pt' for name in later)} stand on what it is now: "
-                             f"delete {', '.join(f'{name}.*' for name in later)} first, or take a new run=folder")
+    path, parent = run / f"{stage}.pt", run / ("tae.pt" if stage == "base" else "base.pt")
+    if not path.exists():
+        return False
+    saved = nets.read_weights(path)
+    if stage != "tae" and saved["parent"] != nets.read_weights(parent)["checksum"]:
+        raise ValueError(f"{path} was trained on another {parent.name} than the one beside it: delete {stage}.*, or take a new run folder")
+    steps = config["videojam" if stage == "control" else stage]["steps"]
+    later = [f"{name}.*" for name in {"tae": STAGES[1:], "base": STAGES[2:]}.get(stage, ()) if (run / f"{name}.pt").exists()]
+    if saved["step"] < steps and later:
+        raise ValueError(f"{run}: {stage} would be trained on to {steps} steps, but {', '.join(later)} stand on what it is now: "
+                         f"delete them first, or take a new run=folder")
+    return saved["step"] >= steps
 
 
 def prepare_run(config, device):
-    """Open the data, settle the precision, make the run folder; ValueError for a folder that was made with another config."""
+    """Settle the precision, make the run folder -> the data, the stages that are to be trained; ValueError for a folder made with another config."""
     run = pathlib.Path(config["run"])
-    path, why = run / "config.json", "as asked for"
+    path = run / "config.json"
     if path.exists():
         old = nets.flatten(json.loads(path.read_text()))
-        if config["precision"] == "auto":
-            config["precision"], why = old.get("precision", "auto"), "as this run began"
-        new = nets.flatten(config)
-        for key in new:
-            if key not in MAY_CHANGE and old.get(key) != new[key]:
-                raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={new[key]!r}: give the old value, or another run=folder")
-    refuse_to_spoil(config)
+        if config["precision"] == "auto":                                       # stays what it was when the run began
+            config["precision"] = old.get("precision", "auto")
+        for key, value in nets.flatten(config).items():
+            if key not in MAY_CHANGE and old.get(key) != value:
+                raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={value!r}: give the old value, or another run=folder")
+    todo = [stage for stage in STAGES if stage in config["stages"] and not done(config, stage)]
     clips = data.open_data(config, "train", device)                             # a wrong data.root leaves no run folder behind
     if config["precision"] == "auto":
         votes = torch.tensor(float(fastest_precision(device) == "bf16"), device=device)
         sum_over_ranks([votes])
-        config["precision"], why = "bf16" if votes == WORLD else "fp32", "what this hardware multiplies fastest"
-    print0(f"run {run}, device {device}, {config['precision']}: {why}")
+        config["precision"] = "bf16" if votes == WORLD else "fp32"
+    print0(f"run {run}, device {device}, {config['precision']}")
     barrier()
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -694,18 +689,7 @@ def prepare_run(config, device):
     barrier()
     if not path.exists() or json.loads(path.read_text()) != config:
         raise ValueError(f"rank {RANK} does not see the {path} that rank 0 wrote: expected a run folder on a disk that all machines share")
-    return clips
-
-
-def done(config, stage):
-    """Is this stage's result in the run folder, at least as long as asked for?"""
-    run, before = pathlib.Path(config["run"]), {"tae": None, "base": "tae"}.get(stage, "base")
-    if not (run / f"{stage}.pt").exists():
-        return False
-    saved = nets.read_weights(run / f"{stage}.pt")
-    if before and (run / f"{before}.pt").exists() and saved["parent"] != nets.read_weights(run / f"{before}.pt")["checksum"]:
-        raise ValueError(f"{run / stage}.pt was trained on another {before}.pt than the one beside it: delete {stage}.*, or take a new run folder")
-    return saved["step"] >= config["videojam" if stage == "control" else stage]["steps"]
+    return clips, todo
 
 
 def main(argv=None):
@@ -714,26 +698,28 @@ def main(argv=None):
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(f"stages={config['stages']}: unknown stage {stage!r}, expected some of {', '.join(STAGES)}")
-    if config["plan"]:
-        return plan(config)
-    for stage in stages:
         batch = config["tae"]["batch"] if stage == "tae" else config["batch"]
         if WORLD > batch and not done(config, stage):
             raise ValueError(f"{stage}: found {WORLD} ranks for a global batch of {batch} clips, expected at most one rank per clip")
+    if config["plan"]:
+        return plan(config)
     device = nets.find_device(config["device"])
     if device.type == "cpu" and WORLD > 1 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
-        raise ValueError(f"several ranks on CPUs: found torch {torch.__version__}, expected at least 2.9, where gloo learned the mean that FSDP asks for: take one process, or GPUs")
+        raise ValueError(f"several ranks on CPUs: found torch {torch.__version__}, expected at least 2.9, where gloo learned the mean that FSDP asks for: "
+                         f"take one process, or GPUs")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")          # DCP says so where there is one process
     if WORLD > 1:
         patience = datetime.timedelta(hours=1)                                  # all wait while rank 0 writes 117 GB of 30b's weights
-        dist.init_process_group(**dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo"), timeout=patience)
+        backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**backend, timeout=patience)
     start = time.time()
-    clips, latents = prepare_run(config, device), None
+    (clips, todo), latents = prepare_run(config, device), None
     for stage in stages:
-        if done(config, stage):
+        if stage not in todo:
             print0(f"{stage}: already in {config['run']}, skipped")
             continue
         gc.collect()                                                            # hooks keep a finished stage's net in cycles
@@ -742,30 +728,24 @@ def main(argv=None):
             train_tae(config, clips, device)
             continue
         if latents is None:
-            tae_path = pathlib.Path(config["run"]) / "tae.pt"
-            tae = nets.load_into(nets.build_tae(config), nets.read_weights(tae_path)["weights"], tae_path)
-            latents = data.Latents(config, tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), clips, device, bar=RANK == 0)
+            path = pathlib.Path(config["run"]) / "tae.pt"
+            tae = nets.load_into(nets.build_tae(config), nets.read_weights(path)["weights"], path)
+            tae = tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            latents = data.Latents(config, tae, clips, device, bar=RANK == 0)
         train_dit(config, stage, latents, device)
-    print0(f"trained in {(time.time() - start) / 60:.1f} minutes")
     close_process_group()                                                       # nobody waits for rank 0's report
-    if RANK == 0:
-        finale(config, stages)
-        print0(f"all in {(time.time() - start) / 60:.1f} minutes")
+    if RANK == 0 and stages[-1] != "tae":
+        finale(config, stages[-1])
+    print0(f"all in {(time.time() - start) / 60:.1f} minutes")
 
 
-def finale(config, stages):
+def finale(config, stage):
     """The numbers, read from pixels, and what to do next."""
-    run, stage = config["run"], stages[-1]
-    if stage != "tae" and not config["data"]["root"]:
+    run, prompt = config["run"], "a caption of your own"
+    if not config["data"]["root"]:
         sample.report(sample.load_run(run, stage, config["device"]))
-    where = "" if run == "runs/tiny" else f" --run {run}"
-    print0(f"\nLook at {run}/samples. Next:")
-    if stage != "tae":
-        option = "" if stage == "videojam" else f" --stage {stage}"
-        prompt = data.STRAIGHT[0] if not config["data"]["root"] else "a caption of your own"
-        print0(f'  python sample.py "{prompt}"{where}{option}')
-    if config["preset"] == "tiny" and not config["data"]["root"]:
-        print0(f"  python train.py {LONGER}   # about an hour on 2 cores")
+        prompt = data.STRAIGHT[0]
+    print0(f'\nLook at {run}/samples. Next:\n  python sample.py "{prompt}" --run {run} --stage {stage}')
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model as nets
 import probe
+import sample
 import train
 from conftest import TINY, finished, free_port, ranks, read_state, start, states
 
@@ -522,8 +523,10 @@ def test_features_of_frozen_encoders_are_cached(cached, quiet, monkeypatch):
             torch.testing.assert_close(a.float(), b.float(), atol=2e-3, rtol=1e-3)
     asked, forward = set(), nets.RandomText.forward
     monkeypatch.setattr(nets.RandomText, "forward", lambda self, prompts: asked.update(prompts) or forward(self, prompts))
-    train.main([*TINY, f"run={run}", "stages=base", *frozen])
+    train.main([*TINY, f"run={run}", "stages=base,videojam", *frozen])
     assert asked == {""}
+    loaded = sample.load_run(run)                                               # both read the base's file, which holds no tensor that the nets do not expect
+    assert loaded.dit.motion_in is not None and not list(loaded.text.parameters())
 
 
 def test_the_command_that_caches(trained, tmp_path):
