@@ -14,7 +14,6 @@ that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optic
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
@@ -468,7 +467,7 @@ class VideoFolder:
     def __init__(self, root, frames, height, width, fps, flow_dir=None, raft=None):
         self.root, self.frames, self.height, self.width, self.fps = Path(root), frames, height, width, fps
         self.flow_dir, self.raft = flow_dir, raft
-        self._pixels = functools.lru_cache(KEPT_BYTES // (3 * frames * height * width))(self._pixels)
+        self.kept = {}
         if not self.root.is_dir():
             found = "a file" if self.root.exists() else "nothing"
             raise FileNotFoundError(f"found {found} at {root}, expected a folder of videos: correct data.root")
@@ -505,7 +504,7 @@ class VideoFolder:
 
     def batch(self, indices, device="cpu"):
         """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
-        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without a RAFT."""
+        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without either."""
         items = thread_map(self.__getitem__, indices, max_workers=4, disable=True)      # threads suffice: the work is done by ffmpeg processes
         video = torch.stack([item["video"] for item in items]).to(device)                                     # (B, 3, T, H, W)
         d = torch.stack([self._flow(i, clip) for i, clip in zip(indices, video)]).to(device)                  # (B, 2, T, H, W) float16
@@ -533,19 +532,24 @@ class VideoFolder:
 
     def _pixels(self, i):
         """Window i as (T, H, W, 3) uint8."""
+        if i in self.kept:
+            return self.kept[i]
         name, start = self.windows[i]
         with closing(self._decode(name, start, start + self.frames)) as stream:
             data = bytearray().join([frame for frame in stream][1:])
         if len(data) != self.frames * self.height * self.width * 3:
             raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
-        return torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
+        window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
+        if (len(self.kept) + 1) * len(data) <= KEPT_BYTES:         # the first ones: in a shuffled order the least recently used is the wrong one to drop
+            self.kept[i] = window
+        return window
 
     def _flow(self, i, video):
         """Optical flow (2, T, H, W) of window i, video (3, T, H, W), as float16: read where it is stored, else estimated and stored."""
         name, start = self.windows[i]
-        if self.raft is None:
-            raise ValueError(f"found no RAFT for the flow of {name}:{start} in {self.root}, expected one: set flow.weights to a RAFT file, or "
-                             "let train.py fetch torchvision's")
+        if self.raft is None or self.flow_dir is None:
+            raise ValueError(f"found no RAFT, or no flow_dir, for the flow of {name}:{start} in {self.root}, expected both: set flow.weights to a "
+                             "RAFT file, or let train.py fetch torchvision's")
         window = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps"
         path = Path(self.flow_dir, f"{window}-{self.prints[name]:08x}-{self.raft_print}.npy")
         with suppress(OSError, ValueError, EOFError):              # not there, or torn by a full disk or half a copy
@@ -581,7 +585,8 @@ def _rows(table):
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
         yield from ((reader.line_num, row) for row in reader)
-    for line, row in enumerate(lines, 1):                          # of a .csv none are left
+        return
+    for line, row in enumerate(lines, 1):
         if row.strip():
             with suppress(json.JSONDecodeError):
                 row = json.loads(row)

@@ -131,7 +131,7 @@ class ByteText(nn.Module):
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
     def forward(self, prompts):
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}               # each text once, "" for all that are dropped
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}               # b different ones: "" once for all that are dropped
         ids = self.tokenize(rows).to(self.position.device)                      # (b, L)
         mask = ids != 0                                                         # (b, L)
         x = self.embed(ids) + self.position[:ids.shape[1]]                      # (b, L, D)
@@ -139,8 +139,8 @@ class ByteText(nn.Module):
             y = block.norm1(x)                                                  # (b, L, D)
             x = x + block.attn(y, y, mask)                                      # (b, L, D)
             x = x + block.ffn(block.norm2(x))                                   # (b, L, D)
-        each = [rows[prompt] for prompt in prompts]
-        return self.norm(x)[each], mask[each]                                   # (B, L, D), (B, L)
+        each = torch.tensor([rows[prompt] for prompt in prompts], device=x.device)              # (B,)
+        return self.norm(x).index_select(0, each), mask[each]                   # (B, L, D), (B, L); x[each] adds gradients in any order
 
 
 class RandomText(nn.Module):
@@ -177,8 +177,8 @@ ATTENTION = [aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_
 
 
 def modulate(norm, x, scale, shift):
-    """(1 + scale) norm(x) + shift, all three factors of x as one: x (B, N, D) is large, they are (B, 1, D)."""
-    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:]), norm.weight * (1 + scale))
+    """(1 + scale) norm(x) + shift; the norm's weight and 1 + scale are one factor first: x is (B, N, D), they are (B, 1, D)."""
+    return torch.addcmul(shift, F.rms_norm(x, norm.normalized_shape, eps=norm.eps), norm.weight * (1 + scale))
 
 
 class Block(nn.Module):
@@ -203,9 +203,9 @@ class Block(nn.Module):
 
     def compute(self, x, c, text, mask):
         scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1, x, scale1, shift1)))         # (B, N, D)
+        x = x + gate1 * self.attn(modulate(self.norm1, x, scale1, shift1))      # (B, N, D)
         x = x + self.cross(self.norm2(x), text, mask)                           # (B, N, D)
-        x = torch.addcmul(x, gate2, self.ffn(modulate(self.norm3, x, scale2, shift2)))          # (B, N, D)
+        x = x + gate2 * self.ffn(modulate(self.norm3, x, scale2, shift2))       # (B, N, D)
         return x
 
 
@@ -514,7 +514,7 @@ def load_into(net, weights, path, new=()):
     for name in [*own, *weights]:
         found, expected = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
         if found != expected:
-            raise ValueError(f"{path}: {name}: found {found}, expected {expected}; the file was made with another config")
+            raise ValueError(f"{path}: {name}: found {found}, expected {expected}; the file was made with another config or version")
     for name, w in own.items():
         put_whole(w, weights[name])
     return net
@@ -659,8 +659,10 @@ def build_dit(config, motion=False):
     return DiT(*latent_size(config), dit["dim"], dit["depth"], dit["heads"], hidden, text["frozen"] or [text["dim"]], dit["patch"], motion, config["checkpointing"])
 
 
-def flops(config, motion=False, length=None):
-    """FLOPs of one forward pass of the text encoder and the DiT for one clip; training takes three times as many. length: tokens of the text (the longest, text.length).
+def flops(config, motion=False, length=None, texts=1.0):
+    """FLOPs of one forward pass of the DiT for one clip, and of the text encoder for `texts` of them; training takes three times as many.
+
+    length: tokens of the text, text.length if not given.
 
     A multiply-add counts two, attention whole, softmax, norms and gates not at all. With N video and L text tokens, D the width and h SwiGLU's, a block
     has 2N (6 D² + 3 D h) in its products with video tokens, 2L 2 D² with text tokens, and 4 N (N + L) D in its two attentions.
@@ -677,4 +679,4 @@ def flops(config, motion=False, length=None):
     own, d = 0, config["text"]["dim"]
     if not config["text"]["frozen"]:
         own = config["text"]["depth"] * (2 * L * (4 * d * d + 6 * d * d) + 4 * L * L * d)
-    return blocks + patches + around + own
+    return blocks + patches + around + texts * own

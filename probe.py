@@ -793,7 +793,8 @@ def time_encoding_and_sampling(config, parts, device, seed):
         with FlopCounterMode(display=False) as decoding:
             meta.decode(latent, config["frames"])
     evaluations = 2 * o["steps"] + o["motion_steps"]                            # Eq. 8: three in the first half, then two
-    drawing = evaluations * nets.flops(config, True, text_length(model.text, prompts)) + 2 * decoding.get_total_flops()
+    drawing = nets.flops(config, True, text_length(model.text, prompts), texts=2 / evaluations)             # the prompt and "" are encoded once
+    drawing = evaluations * drawing + 2 * decoding.get_total_flops()
     rows = []
     for what, clips, flops, times, work in (
             ("encoding, both streams", n, 2 * n * encoding.get_total_flops(), 3, lambda: data.encode(tae, got, config["flow"]["sigma"])),
@@ -820,14 +821,16 @@ def speed(a):
     fastest, which = peak_flops(config, device)
     took, bytes_, parts, length = time_training(config, device, a.seed, a.steps)
     batch, N = config["batch"], math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
-    parts_of = [(f"training step, {what}", np.median(took[motion]), batch, 3 * batch * nets.flops(config, motion, length) / train.WORLD, bytes_)
-                for motion, what in ((False, "base"), (True, "joint"))]
+    measured = []
+    for motion, what in ((False, "base"), (True, "joint")):                     # dropped texts are one text, encoded once
+        flops = 3 * batch * nets.flops(config, motion, length, texts=1 - config["drop_text"]) / train.WORLD
+        measured.append((f"training step, {what}", np.median(took[motion]), batch, flops, bytes_))
     if train.WORLD == 1:
-        parts_of += time_encoding_and_sampling(config, parts, device, a.seed)
+        measured += time_encoding_and_sampling(config, parts, device, a.seed)
     if train.RANK:
         return
     rows = [dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
-                 share=flops / seconds / fastest, peak_gb=peak / 1e9) for what, seconds, clips, flops, peak in parts_of]
+                 share=flops / seconds / fastest, peak_gb=peak / 1e9) for what, seconds, clips, flops, peak in measured]
     write_csv(pathlib.Path(config["run"]) / "probe" / "speed.csv", rows)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "

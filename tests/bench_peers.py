@@ -11,6 +11,7 @@ the peak of a process of its own, less what was resident after the imports. No p
 Letters: B clips, T frames, H height, W width, N tokens, D width.
 """
 import argparse
+import gc
 import pathlib
 import statistics
 import subprocess
@@ -65,6 +66,8 @@ def compare(a, case, build, peers):
     """Build ours and the peers' works, time them in turn, print a line for each pair of (work, peer, target), and one of memory."""
     if a.only:                                                                  # in a process of its own: what does this one add?
         device = torch.device(a.device)
+        build(a, a.only)                                                        # imports whatever it needs; the nets go again
+        gc.collect()
         before = probe.peak_memory(device, reset=True)
         for work in build(a, a.only).values():
             for _ in range(3):
@@ -124,14 +127,16 @@ def dit(a):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The video autoencoders: 17 frames of 64x64, widths 32 64 128 128, 8x smaller in space and 4x in time, two residual blocks per level.
-# CogVideoX's convolutions are causal 3-D ones with group norms; ours are 2-D ones, each followed by a 1-D one over time (Movie Gen).
+# The video autoencoders: 17 frames of 64x64, widths 32 64 128 128, 8x smaller in space and 4x in time, 24 residual blocks in all.
+# CogVideoX's convolutions are causal 3-D ones with group norms; ours are 2-D ones, each followed by a 1-D one over time (Movie Gen), without norms.
+# Its blocks lie at all four levels and in the middle (10 down, 14 up); ours at the three finer ones and in the middle (12, 12). As each library runs it:
+# CogVideoX takes its frames in groups; ours is channels-last, as train.py has it.
 
 def autoencoder(a, name):
     dtype, widths = getattr(torch, a.dtype), (32, 64, 128, 128)
     video = torch.randn(1, 3, 17, 64, 64, device=a.device, dtype=dtype)
     if name == "ours":
-        net = nets.TAE(16, widths, (2, 2, 2), spatial=8, temporal=4).to(a.device, dtype, memory_format=torch.channels_last)
+        net = nets.TAE(16, widths, (3, 3, 4), spatial=8, temporal=4).to(a.device, dtype, memory_format=torch.channels_last)
         there_and_back = lambda: net.decode(net.encode(video), 17)
         training = lambda: net.reconstruct(net.moments(video)[0])[:, :, :17]
     else:
@@ -187,9 +192,9 @@ def guidance(a):
 
 
 def data_(a):
-    """Rendering the world's clips for a batch, against the training steps that they feed: the TAE's, and the joint DiT's on fresh clips."""
+    """Rendering a batch of the world's clips, as a share of the joint net's step that renders, encodes and trains on them (`map` has the TAE's step)."""
     for preset in ("tiny", "small"):
-        config = nets.load_config([f"preset={preset}", "precision=fp32"] + ["batch=16", "tae.batch=4"] * (preset == "small"))
+        config = nets.load_config([f"preset={preset}", "precision=fp32", "run=no-such-run"] + ["batch=16"] * (preset == "small"))
         device, world = torch.device(a.device), data.open_data(config)
         parts = train.build_sharded(config, device, motion=True)
         net = nets.build_tae(config).to(device, memory_format=torch.channels_last)
@@ -201,7 +206,7 @@ def data_(a):
             train.gradient(config, state, loss, 0, micro, config["batch"])
             train.update(config, state, 0, 1e-4)
         took = alternate(a, {"data": lambda: world.batch(range(config["batch"]), device), "step": step}, max(3, a.reps // 2))
-        row(f"{preset}: rendering {config['batch']} clips, against the step that encodes and trains on them", "under 0.05x", took["data"], took["step"])
+        row(f"{preset}: rendering {config['batch']} clips, of the step that renders, encodes and trains", "under 0.05x", took["data"], took["step"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,9 +226,9 @@ def frames_in_memory(a, preset, frames):
 
 def long(a):
     """Tiles: memory of the TAE for 32, 64 and 128 frames of 256x256."""
-    for preset in ("small", "4b"):
-        gb = [frames_in_memory(a, preset, frames) for frames in (32, 64, 128)]
-        print(f"| TAE of `{preset}`, encode + decode 32, 64, 128 frames of 256x256, fp32 | {', '.join(f'{x:.1f}' for x in gb)} GB | | | the same for all, under 8 GB |", flush=True)
+    for preset, frames in (("small", (32, 64, 128)), ("4b", (32, 64))):
+        gb = ", ".join(f"{frames_in_memory(a, preset, n):.1f}" for n in frames)
+        print(f"| TAE of `{preset}`, encode + decode {', '.join(map(str, frames))} frames of 256x256 | {gb} GB | | | the same for all, under 8 GB |", flush=True)
 
 
 def growth(a):
@@ -251,7 +256,9 @@ PARTS = [(data.MovingShapes, "batch", "rendering clips"), (train, "draw", "noise
 
 
 def map_(a, steps=60):
-    """Where the time of the default run's steps goes: PARTS are timed from outside while train.py takes `steps` steps of each stage."""
+    """Where the time of the default run's steps goes: PARTS are timed from outside while train.py takes `steps` steps of each stage. CPU only."""
+    if a.device != "cpu":
+        raise SystemExit(f"map: found device {a.device}, expected cpu: a GPU works on while the clock of the next part runs")
     took, inside, fit = {}, [], train.fit
 
     def stopwatch(owner, name, what):                                           # counts what is its own, not what it calls

@@ -553,6 +553,30 @@ def test_tiles_agree_with_the_whole_clip():
     assert gap.max() > 1e-4
 
 
+def test_the_gradient_of_the_gate():
+    """model.Gated, the one gradient written by hand. References: finite differences in float64, and autograd's own of the plain formula, bit for bit."""
+    gate, value, grad = torch.randn(3, 5, 7, dtype=torch.float64)
+    torch.autograd.gradcheck(nets.Gated.apply, (gate.requires_grad_(), value.requires_grad_()))
+    plain = torch.autograd.grad(F.silu(gate) * value, (gate, value), grad)
+    assert all(map(torch.equal, plain, torch.autograd.grad(nets.Gated.apply(gate, value), (gate, value), grad)))
+
+
+def test_the_same_gradient_every_time_by_two_threads():
+    """Determinism: a text that many clips share gets the sum of their gradients in a fixed order, whatever the threads do. Reference: the first of ten."""
+    text, threads = nets.ByteText(128, 1, 4, 96), torch.get_num_threads()
+    prompts, found = ["", "a red square moving right " * 3, "", ""] * 8, []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            text.zero_grad()
+            features, _ = text(prompts)                                         # 32 x 78 x 128 numbers: x[rows] adds up in any order from 32,768 on
+            (features * torch.linspace(-1, 1, features.numel()).view_as(features).sin()).sum().backward()
+            found.append(text.embed.weight.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
 # ---- Shape comments are executed ------------------------------------------------------------------------------------
 # The convention. A trailing comment that holds shapes says what its statement leaves behind:
 #   # (B, N, D)                    each of the names on the left (or the value returned, item by item)

@@ -637,7 +637,7 @@ def test_the_speed_probe(tmp_path, capsys):
     config, length = nets.load_config([*TINY, "dit.dim=256", "dit.hidden=0"]), max(len(p.encode()) for p in data.PROMPTS[:4]) + 1       # bytes and the end
     for row, motion in zip(rows, (False, True)):
         seconds = float(row["seconds"])
-        assert float(row["tflops"]) * seconds * 1e12 == pytest.approx(3 * 4 * nets.flops(config, motion, length), rel=1e-3)
+        assert float(row["tflops"]) * seconds * 1e12 == pytest.approx(3 * 4 * nets.flops(config, motion, length, 1 - config["drop_text"]), rel=1e-3)
         assert float(row["clips_per_s"]) * seconds == pytest.approx(4, rel=1e-3) and float(row["tokens_per_s"]) * seconds == pytest.approx(4 * 8, rel=1e-3)
         assert 0 < float(row["share"]) < 1 and float(row["peak_gb"]) > 0
     assert "20 evaluations" in rows[3]["what"]                                  # 3 branches in 4 steps, 2 in 4 (sec. 4.3)
