@@ -50,7 +50,8 @@ def row(what, target, ours, theirs, extra=""):
     ratios = [x / y for x, y in zip(ours, theirs)]
     low, _, high = statistics.quantiles(ratios, n=4)
     ms = lambda seconds: f"{1e3 * statistics.median(seconds):,.0f} ms"
-    print(f"| {what} | {ms(ours)} | {ms(theirs)} | **{statistics.median(ratios):.2f}x** [{low:.2f}, {high:.2f}] | {target} |{extra}", flush=True)
+    show = lambda x: f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
+    print(f"| {what} | {ms(ours)} | {ms(theirs)} | **{show(statistics.median(ratios))}x** [{show(low)}, {show(high)}] | {target} |{extra}", flush=True)
 
 
 def megabytes(a, case, name):
