@@ -53,7 +53,33 @@ def init_weights(net):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention and feed-forward, shared by the text encoder and the DiT: RMSNorm before, SwiGLU inside, no biases.
+# Norm, attention and feed-forward, shared by the text encoder and the DiT: RMSNorm before, SwiGLU inside, no biases. Autograd would keep every
+# intermediate result for the backward pass: the two gradients written out here keep the inputs alone, a quarter less of a block's memory.
+
+class Normed(torch.autograd.Function):
+    """y * factor + shift, where y = x r is x at a root mean square of one: r = (mean(x²) + eps)^(-1/2)."""
+
+    @staticmethod
+    def forward(ctx, x, factor, shift):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        r = torch.rsqrt(length.square() / x.shape[-1] + torch.finfo(torch.float32).eps)         # (B, N, 1)
+        ctx.save_for_backward(x, r, factor, shift)
+        return torch.addcmul(shift, (x * r).to(x.dtype), factor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, r, factor, shift = ctx.saved_tensors
+        y, dy = (x * r).to(x.dtype), grad * factor
+        dx = r * (dy - y * (dy * y).mean(-1, keepdim=True))                     # r depends on x too: no gradient along y
+        return dx.to(x.dtype), (grad * y).sum_to_size(factor.shape), grad.sum_to_size(shift.shape)
+
+
+class Norm(nn.RMSNorm):
+    """(1 + scale) RMSNorm(x) + shift, the modulation being optional: x (B, N, D); scale, shift (B, 1, D)."""
+
+    def forward(self, x, scale=0.0, shift=None):
+        return Normed.apply(x, self.weight * (1 + scale), x.new_zeros(1) if shift is None else shift)
+
 
 class Attention(nn.Module):
     """Full attention of x (B, N, D) on itself, or on text (B, L, D) under a mask (B, L), True = look at it."""
@@ -72,17 +98,19 @@ class Attention(nn.Module):
 
 
 class Gated(torch.autograd.Function):
-    """silu(gate) * value; autograd would keep silu(gate) as well for the backward pass, which is quick to compute again."""
+    """(silu(gate) * value) W^T."""
 
     @staticmethod
-    def forward(ctx, gate, value):
-        ctx.save_for_backward(gate, value)
-        return F.silu(gate) * value
+    def forward(ctx, gate, value, W):
+        ctx.save_for_backward(gate, value, W)
+        return F.linear(F.silu(gate).mul_(value), W)
 
     @staticmethod
     def backward(ctx, grad):
-        gate, value = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)
+        gate, value, W = ctx.saved_tensors
+        silu, dh = F.silu(gate), grad @ W.to(grad.dtype)                        # under autocast W is fp32, the others bf16
+        dW = grad.flatten(0, -2).T @ (silu * value).flatten(0, -2)
+        return torch.ops.aten.silu_backward(dh * value, gate), dh * silu, dW.to(W.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -92,7 +120,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        return self.down(Gated.apply(self.gate(x), self.up(x)))
+        return Gated.apply(self.gate(x), self.up(x), self.down.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,9 +138,9 @@ class ByteText(nn.Module):
         self.embed = nn.Embedding(259, dim)
         self.position = nn.Parameter(torch.empty(length, dim))
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(
-            norm1=nn.RMSNorm(dim), attn=Attention(dim, heads), norm2=nn.RMSNorm(dim), ffn=SwiGLU(dim, 2 * dim)))
+            norm1=Norm(dim), attn=Attention(dim, heads), norm2=Norm(dim), ffn=SwiGLU(dim, 2 * dim)))
             for _ in range(depth))
-        self.norm = nn.RMSNorm(dim)
+        self.norm = Norm(dim)
         self.init()
 
     def init(self):
@@ -176,11 +204,6 @@ ATTENTION = [aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_
              aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
 
 
-def modulate(norm, x, scale, shift):
-    """(1 + scale) norm(x) + shift; the norm's weight and 1 + scale are one factor first: x is (B, N, D), they are (B, 1, D)."""
-    return torch.addcmul(shift, F.rms_norm(x, norm.normalized_shape, eps=norm.eps), norm.weight * (1 + scale))
-
-
 class Block(nn.Module):
     """Self-attention over all video tokens, cross-attention to the text, feed-forward; gates start at zero (App. C).
 
@@ -191,7 +214,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, hidden, checkpointing="none"):
         super().__init__()
         self.checkpointing = checkpointing
-        self.norm1, self.norm2, self.norm3 = nn.RMSNorm(dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm1, self.norm2, self.norm3 = Norm(dim), Norm(dim), Norm(dim)
         self.attn, self.cross, self.ffn = Attention(dim, heads), Attention(dim, heads), SwiGLU(dim, hidden)
         self.table = nn.Parameter(torch.zeros(6, dim))                          # this block's own part of the modulation
 
@@ -203,9 +226,9 @@ class Block(nn.Module):
 
     def compute(self, x, c, text, mask):
         scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)
-        x = x + gate1 * self.attn(modulate(self.norm1, x, scale1, shift1))      # (B, N, D)
+        x = x + gate1 * self.attn(self.norm1(x, scale1, shift1))      # (B, N, D)
         x = x + self.cross(self.norm2(x), text, mask)                           # (B, N, D)
-        x = x + gate2 * self.ffn(modulate(self.norm3, x, scale2, shift2))       # (B, N, D)
+        x = x + gate2 * self.ffn(self.norm3(x, scale2, shift2))       # (B, N, D)
         return x
 
 
@@ -228,7 +251,7 @@ class DiT(nn.Module):
         self.text_in = nn.ModuleList(nn.Linear(d, dim, bias=False) for d in text_dims)
         self.text_norm = nn.ModuleList(nn.LayerNorm(dim, bias=False) for _ in text_dims)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, checkpointing) for _ in range(depth))
-        self.norm = nn.RMSNorm(dim)
+        self.norm = Norm(dim)
         self.table = nn.Parameter(torch.zeros(2, dim))                          # scale and shift before W_out
         self.patch_out = nn.Linear(dim, channels * patch ** 2, bias=False)      # W_out
         self.motion_in = self.motion_out = None
@@ -287,7 +310,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h + position, c, y, mask)                                 # (B, N, D)
         scale, shift = (self.table + e[:, None])[:, :, None].unbind(1)          # 2 x (B, 1, D)
-        h = modulate(self.norm, h, scale, shift)                                # (B, N, D)
+        h = self.norm(h, scale, shift)                                # (B, N, D)
         h = h.unflatten(1, (T, H // self.patch, W // self.patch))               # (B, T, H/p, W/p, D)
         u = self.unpatchify(self.patch_out(h))                                  # (B, C, T, H, W)
         if self.motion_out:

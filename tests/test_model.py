@@ -553,12 +553,23 @@ def test_tiles_agree_with_the_whole_clip():
     assert gap.max() > 1e-4
 
 
-def test_the_gradient_of_the_gate():
-    """model.Gated, the one gradient written by hand. References: finite differences in float64, and autograd's own of the plain formula, bit for bit."""
-    gate, value, grad = torch.randn(3, 5, 7, dtype=torch.float64)
-    torch.autograd.gradcheck(nets.Gated.apply, (gate.requires_grad_(), value.requires_grad_()))
-    plain = torch.autograd.grad(F.silu(gate) * value, (gate, value), grad)
-    assert all(map(torch.equal, plain, torch.autograd.grad(nets.Gated.apply(gate, value), (gate, value), grad)))
+def test_the_gradients_written_by_hand():
+    """model.Gated and model.Normed. References: finite differences in float64, and autograd's own of the plain formulas, the modulation with and without clips."""
+    torch.manual_seed(0)
+    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    gate, value, W, x, scale, shift = randn(2, 5, 7), randn(2, 5, 7), randn(3, 7), randn(2, 5, 6), randn(2, 1, 6), randn(2, 1, 6)
+    norm = nets.Norm(6).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+    plain_norm = lambda x: F.rms_norm(x, (6,), norm.weight, torch.finfo(torch.float32).eps)
+    for ours, plain, inputs in ((nets.Gated.apply, lambda gate, value, W: (F.silu(gate) * value) @ W.T, (gate, value, W)),
+                                (norm, lambda x, scale, shift: plain_norm(x) * (1 + scale) + shift, (x, scale, shift)),
+                                (lambda x, weight: norm(x), lambda x, weight: plain_norm(x), (x, norm.weight))):
+        torch.autograd.gradcheck(ours, inputs)
+        y, reference = ours(*inputs), plain(*inputs)
+        torch.testing.assert_close(y, reference)
+        grad = torch.randn_like(y)
+        torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(reference, inputs, grad))
 
 
 def test_the_same_gradient_every_time_by_two_threads():
@@ -854,7 +865,7 @@ def test_shape_comments_of_the_networks():
     L, names = 9, shaped(nets)
     dit = dict(B=2, C=3, T=5, H=8, W=12, p=2, N=5 * 4 * 6, D=20, L=L, heads=4)
     text = dict(B=2, L=L, D=12, heads=2)
-    known = {"Attention.forward": {"B": 2}, "ByteText.forward": text, "Block.compute": dit, "DiT.forward": dit,
+    known = {"Attention.forward": {"B": 2}, "Normed.forward": {"B": 2}, "ByteText.forward": text, "Block.compute": dit, "DiT.forward": dit,
              "DiT.patchify": dit, "DiT.unpatchify": dit}
     tae = {"Conv.forward": {}, "Down.forward": {}, "Up.forward": {}, "TAE.scale": {}, "TAE.moments": {}}
     assert set(names) <= set(known) | set(tae), f"functions with shape comments that nobody runs here: {set(names) - set(known) - set(tae)}"

@@ -563,22 +563,22 @@ def saved_bytes(call, net):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "sharded"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_the_plan_of_the_activations(precision, mode):
-    """train.kept_bytes against autograd's own: within 8 % of the bytes it keeps of a block (20 % in pure bf16, where versions of
-    torch differ in what RMSNorm keeps), the text's included. Autocast's copies of weights are not activations."""
+    """train.kept_bytes against autograd's own: within 3 % of the bytes it keeps of a block, the text's included. Autocast's copies of weights
+    are not activations (of SwiGLU's last matrix model.Gated keeps none)."""
     N, L, D, hidden = 512, 96, 256, 704
     torch.manual_seed(0)
     block = nets.Block(D, 4, hidden, mode)
     dtype = torch.bfloat16 if precision == "sharded" else torch.float32        # FSDP gathers bf16 weights, and all that comes of them is bf16
     block.to(dtype)
     inputs = [torch.randn(shape, requires_grad=True, dtype=dtype) * 1 for shape in ((1, N, D), (1, 6, D), (1, L, D))]
-    weights = sum(w.numel() for name, w in block.named_parameters() if w.dim() == 2 and name != "table")
+    weights = sum(w.numel() for name, w in block.named_parameters() if w.dim() == 2 and name not in ("table", "ffn.down.weight"))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
         kept, _ = saved_bytes(lambda: block(*inputs, torch.ones(1, L, dtype=torch.bool)), block)
     if mode == "none":
         kept -= 2 * weights * (precision == "bf16")
     else:
         kept -= dtype.itemsize * (6 * D + L * D)                                # c and text, which all blocks share
-    assert train.kept_bytes(N, L, D, hidden, 4 if precision == "fp32" else 2, dtype.itemsize, mode) == pytest.approx(kept, rel=0.2 if precision == "sharded" else 0.08)
+    assert train.kept_bytes(N, L, D, hidden, 4 if precision == "fp32" else 2, dtype.itemsize, mode) == pytest.approx(kept, rel=0.03)
 
 
 @pytest.mark.parametrize("preset, billions, gpus", [("4b", 4.92, 32), ("30b", 29.3, 256)])
