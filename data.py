@@ -305,6 +305,7 @@ def _draw(specs, i, j, height, width, device):
     ys, xs = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)    # (H, 1), (W,)
     for k in range(max(len(s["order"]) for s in specs)):
         rows = [b for b, s in enumerate(specs) if k < len(s["order"])]                           # the b clips with one
+        its = slice(None) if len(rows) == len(specs) else rows                                   # a slice copies nothing
         objects = [specs[b]["objects"][specs[b]["order"][k]] for b in rows]
         drawn = lambda table, key, x, y: torch.stack([table[o[key]](*xy) for o, *xy in zip(objects, x, y)])
         poses = tensor([[[o["pose"][f] for f in frames] for frames in (i, j)] for o in objects])
@@ -319,12 +320,12 @@ def _draw(specs, i, j, height, width, device):
         dark = (0.5 - drawn(PAINT, "pattern", x, y) * radius).clamp(0, 1)
         paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)
         paint = 2 * paint * (1 - 0.35 * dark)[:, None] - 1                                       # the hue stays
-        video[rows] = torch.lerp(video[rows], paint, inside[:, None])
+        video[its] = torch.lerp(video[its], paint, inside[:, None])
 
         # R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p
         u, v = _rotate(dx * (s2 / s), dy * (s2 / s), a2 - a)                                     # (b, T, H, W)
         moved = torch.stack([u + (cx2 - xs), v + (cy2 - ys)], 1)                                 # (b, 2, T, H, W)
-        flow[rows] = torch.where((inside > 0.5)[:, None], moved, flow[rows])
+        flow[its] = torch.where((inside > 0.5)[:, None], moved, flow[its])
     return video, flow
 
 
@@ -340,16 +341,16 @@ def _background(specs, camera, at, height, width):
         rows = [b for b, s in enumerate(specs) if any(s["camera"]) == moves]
         if not rows:
             continue
-        ground = [specs[b]["background"] for b in rows]
+        its, ground = slice(None) if len(rows) == len(specs) else rows, [specs[b]["background"] for b in rows]
         each = lambda key: camera.new_tensor([g[key] for g in ground]).view(len(rows), -1, 1, 1, 1)
-        pan = (camera[rows][..., None] * (at if moves else 0 * at[:1]))[..., None, None]             # (b, 2, T|1, 1, 1)
+        pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]             # (b, 2, T|1, 1, 1)
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)
         y = (torch.arange(height, device=at.device)[:, None] - pan[:, 1]) / side - 0.5               # (b, T, H, 1)
         grey = 2 * (each("light")[:, 0] * x + each("light")[:, 1] * y) - 0.2                         # (b, T, H, W)
         if each("texture").any():  # nothing of it is left on a plain background
             grey = _add_noise(grey, ground, x, y)
         grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
-        video[rows] = 2 * grey * (1 + each("texture") * each("tint")) - 1
+        video[its] = 2 * grey * (1 + each("texture") * each("tint")) - 1
     return video
 
 

@@ -78,7 +78,8 @@ class Norm(nn.RMSNorm):
     """(1 + scale) RMSNorm(x) + shift, the modulation being optional: x (B, N, D); scale, shift (B, 1, D)."""
 
     def forward(self, x, scale=0.0, shift=None):
-        return Normed.apply(x, self.weight * (1 + scale), x.new_zeros(1) if shift is None else shift)
+        y = Normed.apply(x, self.weight * (1 + scale), x.new_zeros(1) if shift is None else shift)
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y    # once for all products with y
 
 
 class Attention(nn.Module):

@@ -590,12 +590,10 @@ def count(*modules):
 def kept_bytes(N, L, D, hidden, itemsize, stream, mode):
     """What autograd keeps of one block for one clip: N video and L text tokens of width D; bytes per number of its products and of its input (the residual stream).
 
-    Of N D numbers each: the residual stream before each norm, and 11 of inputs and outputs of products (q, k, v, what attention makes of them, ...); autocast
-    gives each of the products that share an input a bf16 copy of its own, 3 more. 2 N hidden in SwiGLU. Counted with the flash kernel, so without scores,
-    and without compile, which keeps less: tests/test_scale.py compares with autograd.
+    Of N D numbers each: the residual stream before each norm, and 11 of inputs and outputs of products (q, k, v, what attention makes of them, ...);
+    2 N hidden in SwiGLU. Counted with the flash kernel, so without scores, and without compile, which keeps less: tests/test_scale.py compares with autograd.
     """
-    products = 11 if itemsize == stream else 14
-    everything = N * D * (3 * stream + products * itemsize) + 2 * itemsize * N * hidden + 3 * itemsize * L * D
+    everything = N * D * (3 * stream + 11 * itemsize) + 2 * itemsize * N * hidden + 3 * itemsize * L * D
     return {"none": everything, "attention": N * D * (stream + 2 * itemsize), "full": N * D * stream}[mode]
 
 
