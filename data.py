@@ -316,7 +316,7 @@ def _draw(specs, i, j, height, width, device):
         # Into the shape's own frame, R^-1 S^-1 (p - c): outline and pattern live there; edges are one pixel wide.
         x, y = _rotate(dx / radius, dy / radius, -a)                                             # (b, T, H, W)
         inside = (0.5 - drawn(SDF, "shape", x, y) * radius).clamp(0, 1)
-        x, y = _rotate(x, y, -tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
+        x, y = _rotate(dx / radius, dy / radius, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
         dark = (0.5 - drawn(PAINT, "pattern", x, y) * radius).clamp(0, 1)
         paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)
         paint = 2 * paint * (1 - 0.35 * dark)[:, None] - 1                                       # the hue stays
