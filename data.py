@@ -314,9 +314,10 @@ def _draw(specs, i, j, height, width, device):
         dx, dy = xs - cx, ys - cy                                                                # (b, T, H|1, W|1)
 
         # Into the shape's own frame, R^-1 S^-1 (p - c): outline and pattern live there; edges are one pixel wide.
-        x, y = _rotate(dx / radius, dy / radius, -a)                                             # (b, T, H, W)
+        dx1, dy1 = dx / radius, dy / radius
+        x, y = _rotate(dx1, dy1, -a)                                                             # (b, T, H, W)
         inside = (0.5 - drawn(SDF, "shape", x, y) * radius).clamp(0, 1)
-        x, y = _rotate(dx / radius, dy / radius, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
+        x, y = _rotate(dx1, dy1, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
         dark = (0.5 - drawn(PAINT, "pattern", x, y) * radius).clamp(0, 1)
         paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)
         paint = 2 * paint * (1 - 0.35 * dark)[:, None] - 1                                       # the hue stays
@@ -341,7 +342,8 @@ def _background(specs, camera, at, height, width):
         rows = [b for b, s in enumerate(specs) if any(s["camera"]) == moves]
         if not rows:
             continue
-        its, ground = slice(None) if len(rows) == len(specs) else rows, [specs[b]["background"] for b in rows]
+        its = slice(None) if len(rows) == len(specs) else rows                                       # a slice copies nothing
+        ground = [specs[b]["background"] for b in rows]
         each = lambda key: camera.new_tensor([g[key] for g in ground]).view(len(rows), -1, 1, 1, 1)
         pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]             # (b, 2, T|1, 1, 1)
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)

@@ -54,32 +54,37 @@ def init_weights(net):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Norm, attention and feed-forward, shared by the text encoder and the DiT: RMSNorm before, SwiGLU inside, no biases. Autograd would keep every
-# intermediate result for the backward pass: the two gradients written out here keep the inputs alone, a quarter less of a block's memory.
+# intermediate result for the backward pass; the two gradients written out here keep the inputs and compute the rest again: a quarter less memory per block.
 
 class Normed(torch.autograd.Function):
-    """y * factor + shift, where y = x r is x at a root mean square of one: r = (mean(x²) + eps)^(-1/2)."""
+    """x r factor + shift, where r = (mean(x²) + eps)^(-1/2): RMSNorm and modulation of x (B, N, D) in one. First derivatives only."""
 
     @staticmethod
-    def forward(ctx, x, factor, shift):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        r = torch.rsqrt(length.square() / x.shape[-1] + torch.finfo(torch.float32).eps)         # (B, N, 1)
+    def forward(ctx, x, factor, shift, eps):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))       # no x² of the size of x
+        r = torch.rsqrt(length.square() / x.shape[-1] + eps)                    # (B, N, 1)
         ctx.save_for_backward(x, r, factor, shift)
-        return torch.addcmul(shift, (x * r).to(x.dtype), factor)
+        return torch.addcmul(shift, x * r, factor).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, r, factor, shift = ctx.saved_tensors
-        y, dy = (x * r).to(x.dtype), grad * factor
+        y, dy = x * r, grad * factor
         dx = r * (dy - y * (dy * y).mean(-1, keepdim=True))                     # r depends on x too: no gradient along y
-        return dx.to(x.dtype), (grad * y).sum_to_size(factor.shape), grad.sum_to_size(shift.shape)
+        dshift = grad.sum_to_size(shift.shape) if ctx.needs_input_grad[2] else None
+        return dx.to(x.dtype), (grad * y).sum_to_size(factor.shape), dshift, None
 
 
 class Norm(nn.RMSNorm):
     """(1 + scale) RMSNorm(x) + shift, the modulation being optional: x (B, N, D); scale, shift (B, 1, D)."""
 
+    def __init__(self, dim):
+        super().__init__(dim, eps=torch.finfo(torch.float32).eps)
+
     def forward(self, x, scale=0.0, shift=None):
-        y = Normed.apply(x, self.weight * (1 + scale), x.new_zeros(1) if shift is None else shift)
-        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y    # once for all products with y
+        y = Normed.apply(x, self.weight * (1 + scale), x.new_zeros(1) if shift is None else shift, self.eps)
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        return y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y     # once for all products with y
 
 
 class Attention(nn.Module):
@@ -99,7 +104,7 @@ class Attention(nn.Module):
 
 
 class Gated(torch.autograd.Function):
-    """(silu(gate) * value) W^T."""
+    """h W^T, where h = silu(gate) * value: gate, value (B, N, hidden), W (D, hidden)."""
 
     @staticmethod
     def forward(ctx, gate, value, W):
@@ -109,8 +114,9 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, value, W = ctx.saved_tensors
-        silu, dh = F.silu(gate), grad @ W.to(grad.dtype)                        # under autocast W is fp32, the others bf16
-        dW = grad.flatten(0, -2).T @ (silu * value).flatten(0, -2)
+        silu = F.silu(gate)
+        h, dh = (silu * value).to(grad.dtype), grad @ W.to(grad.dtype)          # under autocast grad is bf16, W fp32
+        dW = grad.flatten(0, -2).T @ h.flatten(0, -2)
         return torch.ops.aten.silu_backward(dh * value, gate), dh * silu, dW.to(W.dtype)
 
 
@@ -121,7 +127,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        return Gated.apply(self.gate(x), self.up(x), self.down.weight)
+        return Gated.apply(self.gate(x), self.up(x), self.down.weight)          # down(silu(gate(x)) * up(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +175,7 @@ class ByteText(nn.Module):
             x = x + block.attn(y, y, mask)                                      # (b, L, D)
             x = x + block.ffn(block.norm2(x))                                   # (b, L, D)
         each = torch.tensor([rows[prompt] for prompt in prompts], device=x.device)              # (B,)
-        return self.norm(x).index_select(0, each), mask[each]                   # (B, L, D), (B, L); x[each] adds gradients in any order
+        return self.norm(x.index_select(0, each)), mask[each]                   # (B, L, D), (B, L); x[each] adds gradients in any order
 
 
 class RandomText(nn.Module):

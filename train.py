@@ -611,7 +611,7 @@ def plan_memory(config):
     memory = {"weights": 4 * parameters / gpus, "gradients": 4 * parameters / gpus, "AdamW": 8 * parameters / gpus, "EMA": 4 * parameters / gpus, "activations": clips * kept}
     if gpus > 1:            # all-gathered: what is outside the blocks, this block and the next; and this block's gradient before it is reduce-scattered
         memory["gathered"] = itemsize * (parameters - count(*dit.blocks) + 2 * block) + (itemsize + 4) * block
-    elif itemsize == 2:     # autocast's copies of the weights: all are kept for the backward pass, or one block's at a time
+    elif itemsize == 2:     # autocast's copies of the weights: all live until the forward pass ends, or one block's at a time
         memory["bf16 copies"] = 2 * (parameters if mode == "none" else block)
     return {**memory, "together": sum(memory.values())}
 

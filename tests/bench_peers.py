@@ -55,10 +55,10 @@ def row(what, target, ours, theirs, extra=""):
 
 
 def megabytes(a, case, name):
-    """Peak memory that one work adds in a process of its own, the median of five: what the allocator leaves in holes differs from run to run."""
+    """Peak memory that one work adds in a process of its own, the median of three: what the allocator leaves in holes differs from run to run."""
     words = [sys.executable, __file__, case, "--only", name, "--device", a.device, "--dtype", a.dtype, "--threads", str(a.threads)]
     found = []
-    for _ in range(5):
+    for _ in range(3):
         got = subprocess.run(words + ["--compile"] * a.compile, capture_output=True, text=True)
         if got.returncode:
             raise SystemExit(got.stderr)

@@ -553,23 +553,43 @@ def test_tiles_agree_with_the_whole_clip():
     assert gap.max() > 1e-4
 
 
-def test_the_gradients_written_by_hand():
-    """model.Gated and model.Normed. References: finite differences in float64, and autograd's own of the plain formulas, the modulation with and without clips."""
+def the_gradients_written_by_hand(dtype, rounded):
+    """(ours, the plain formula, inputs) of model.Gated, of model.Norm with a modulation per clip, and of it with its weight alone; the same numbers in any dtype."""
     torch.manual_seed(0)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    randn = lambda *shape: torch.randn(shape, dtype=torch.float64).to(rounded).to(dtype).requires_grad_()
     gate, value, W, x, scale, shift = randn(2, 5, 7), randn(2, 5, 7), randn(3, 7), randn(2, 5, 6), randn(2, 1, 6), randn(2, 1, 6)
-    norm = nets.Norm(6).double()
-    with torch.no_grad():
-        norm.weight.normal_()
+    norm = nets.Norm(6)
+    norm.weight = torch.nn.Parameter(randn(6).detach())
     plain_norm = lambda x: F.rms_norm(x, (6,), norm.weight, torch.finfo(torch.float32).eps)
-    for ours, plain, inputs in ((nets.Gated.apply, lambda gate, value, W: (F.silu(gate) * value) @ W.T, (gate, value, W)),
-                                (norm, lambda x, scale, shift: plain_norm(x) * (1 + scale) + shift, (x, scale, shift)),
-                                (lambda x, weight: norm(x), lambda x, weight: plain_norm(x), (x, norm.weight))):
+    return [(nets.Gated.apply, lambda gate, value, W: F.linear(F.silu(gate) * value, W), (gate, value, W)),
+            (norm, lambda x, scale, shift: plain_norm(x) * (1 + scale) + shift, (x, scale, shift)),
+            (lambda x, weight: norm(x), lambda x, weight: plain_norm(x), (x, norm.weight))]
+
+
+def test_the_gradients_written_by_hand():
+    """model.Gated and model.Normed. References: finite differences in float64, and autograd's own of the plain formulas."""
+    for ours, plain, inputs in the_gradients_written_by_hand(torch.float64, torch.float64):
         torch.autograd.gradcheck(ours, inputs)
         y, reference = ours(*inputs), plain(*inputs)
         torch.testing.assert_close(y, reference)
         grad = torch.randn_like(y)
         torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(reference, inputs, grad))
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_the_gradients_written_by_hand_in_bf16(dtype, autocast):
+    """The same alone, under autocast (bf16 products, fp32 weights) and with bf16 weights (FSDP): the gradients have their inputs' dtypes, and
+    are those of float64 to 2 % of the largest (2^-8 is bf16's step; fp32: 1e-5)."""
+    for (ours, _, inputs), (_, plain, inputs64) in zip(*(the_gradients_written_by_hand(d, dtype) for d in (dtype, torch.float64))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = ours(*inputs)
+        assert y.dtype == (torch.bfloat16 if autocast else dtype)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+        found = torch.autograd.grad((y.double() * weight).sum(), inputs)
+        for grad, x, reference in zip(found, inputs, torch.autograd.grad((plain(*inputs64) * weight).sum(), inputs64)):
+            assert grad.dtype == x.dtype
+            tolerance = 1e-5 if dtype == torch.float32 and not autocast else 0.02
+            assert (grad - reference).abs().max() < tolerance * reference.abs().max()
 
 
 def test_the_same_gradient_every_time_by_two_threads():
