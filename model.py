@@ -57,7 +57,7 @@ def init_weights(net):
 # intermediate result for the backward pass; the two gradients written out here keep the inputs and compute the rest again: a quarter less memory per block.
 
 class Normed(torch.autograd.Function):
-    """x r factor + shift, where r = (mean(x²) + eps)^(-1/2): RMSNorm and modulation of x (B, N, D) in one. First derivatives only."""
+    """x r factor + shift, where r = (mean(x²) + eps)^(-1/2): RMSNorm and modulation in one. x (B, N, D); factor, shift (B, 1, D) or (D,). First derivatives only."""
 
     @staticmethod
     def forward(ctx, x, factor, shift, eps):
@@ -84,7 +84,7 @@ class Norm(nn.RMSNorm):
     def forward(self, x, scale=0.0, shift=None):
         y = Normed.apply(x, self.weight * (1 + scale), x.new_zeros(1) if shift is None else shift, self.eps)
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        return y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y     # once for all products with y
+        return y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y     # once; autocast would, for each product with y
 
 
 class Attention(nn.Module):
