@@ -345,7 +345,7 @@ def _background(specs, camera, at, height, width):
         its = slice(None) if len(rows) == len(specs) else rows                                       # a slice copies nothing
         ground = [specs[b]["background"] for b in rows]
         each = lambda key: camera.new_tensor([g[key] for g in ground]).view(len(rows), -1, 1, 1, 1)
-        pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]             # (b, 2, T|1, 1, 1)
+        pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]              # (b, 2, T|1, 1, 1)
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)
         y = (torch.arange(height, device=at.device)[:, None] - pan[:, 1]) / side - 0.5               # (b, T, H, 1)
         grey = 2 * (each("light")[:, 0] * x + each("light")[:, 1] * y) - 0.2                         # (b, T, H, W)

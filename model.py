@@ -233,9 +233,9 @@ class Block(nn.Module):
 
     def compute(self, x, c, text, mask):
         scale1, shift1, gate1, scale2, shift2, gate2 = (self.table + c)[:, :, None].unbind(1)    # 6 x (B, 1, D)
-        x = x + gate1 * self.attn(self.norm1(x, scale1, shift1))      # (B, N, D)
+        x = x + gate1 * self.attn(self.norm1(x, scale1, shift1))                # (B, N, D)
         x = x + self.cross(self.norm2(x), text, mask)                           # (B, N, D)
-        x = x + gate2 * self.ffn(self.norm3(x, scale2, shift2))       # (B, N, D)
+        x = x + gate2 * self.ffn(self.norm3(x, scale2, shift2))                 # (B, N, D)
         return x
 
 
@@ -317,7 +317,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h + position, c, y, mask)                                 # (B, N, D)
         scale, shift = (self.table + e[:, None])[:, :, None].unbind(1)          # 2 x (B, 1, D)
-        h = self.norm(h, scale, shift)                                # (B, N, D)
+        h = self.norm(h, scale, shift)                                          # (B, N, D)
         h = h.unflatten(1, (T, H // self.patch, W // self.patch))               # (B, T, H/p, W/p, D)
         u = self.unpatchify(self.patch_out(h))                                  # (B, C, T, H, W)
         if self.motion_out:

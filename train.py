@@ -1,6 +1,6 @@
 """Training: the TAE, then the base DiT (Eqs. 1-4), then VideoJAM (sec. 4.2, Eq. 6, and the drops of sec. 4.3).
 
-    python train.py                                          # a few minutes on a laptop: everything, then samples and a report
+    python train.py                                          # some minutes on a CPU: everything, then samples and a report
     python train.py preset=small                             # one GPU
     torchrun --nproc_per_node=8 train.py preset=small        # the same global batch, split; weights and optimizer sharded (FSDP2)
     python train.py preset=30b plan=true                     # parameters, memory and time, before the bill
