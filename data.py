@@ -232,8 +232,8 @@ def _paths(motion, objects, t, n, room, cap, pace, rng):
 
     t, still, down = t[:, None], np.zeros((len(t), 2)), DIRECTIONS["down"]
     ahead = list(DIRECTIONS.values())[2 * rng.integers(4)]  # where the words leave it open: right, down, left or up
-    aside = ahead[::-1] * rng.choice((-1, 1))
-    across = DIRECTIONS["right"] * rng.choice((-1, 1))
+    aside = ahead[::-1] * (-1, 1)[rng.integers(2)]
+    across = DIRECTIONS["right"] * (-1, 1)[rng.integers(2)]
     if motion in DIRECTIONS:
         return [t * DIRECTIONS[motion] * speed(DIRECTIONS[motion])]
     if motion == "zigzag":  # four legs of a triangle wave
@@ -314,19 +314,21 @@ def _draw(specs, i, j, height, width, device):
         dx, dy = xs - cx, ys - cy                                                                # (b, T, H|1, W|1)
 
         # Into the shape's own frame, R^-1 S^-1 (p - c): outline and pattern live there; edges are one pixel wide.
+        # Much is done in place: fresh memory takes longer than the arithmetic.
         dx1, dy1 = dx / radius, dy / radius
         x, y = _rotate(dx1, dy1, -a)                                                             # (b, T, H, W)
-        inside = (0.5 - drawn(SDF, "shape", x, y) * radius).clamp(0, 1)
+        inside = drawn(SDF, "shape", x, y).mul_(-radius).add_(0.5).clamp_(0, 1)
         x, y = _rotate(dx1, dy1, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
-        dark = (0.5 - drawn(PAINT, "pattern", x, y) * radius).clamp(0, 1)
-        paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)
-        paint = 2 * paint * (1 - 0.35 * dark)[:, None] - 1                                       # the hue stays
-        video[its] = torch.lerp(video[its], paint, inside[:, None])
+        dark = drawn(PAINT, "pattern", x, y).mul_(-radius).add_(0.5).clamp_(0, 1)
+        paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)               # (b, 3, 1, 1, 1)
+        video[its] = video[its].lerp_(2 * paint - 1, inside[:, None])
+        video[its] = video[its].addcmul_(-0.35 * 2 * paint, dark.mul_(inside)[:, None])          # darker, the hue stays
 
-        # R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p
-        u, v = _rotate(dx * (s2 / s), dy * (s2 / s), a2 - a)                                     # (b, T, H, W)
-        moved = torch.stack([u + (cx2 - xs), v + (cy2 - ys)], 1)                                 # (b, 2, T, H, W)
-        flow[its] = torch.where((inside > 0.5)[:, None], moved, flow[its])
+        # R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p, the terms in x and those in y
+        cos, sin = (s2 / s) * torch.cos(a2 - a), (s2 / s) * torch.sin(a2 - a)                    # (b, T, 1, 1)
+        of_x = torch.stack([cos * dx + (cx2 - xs), sin * dx], 1)                                 # (b, 2, T, 1, W)
+        of_y = torch.stack([-sin * dy, cos * dy + (cy2 - ys)], 1)                                # (b, 2, T, H, 1)
+        flow[its] = flow[its].lerp_(of_x + of_y, inside.round_()[:, None])                       # where more than half covered
     return video, flow
 
 
