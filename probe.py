@@ -36,6 +36,7 @@ import sample
 import train
 
 NOISE = types.SimpleNamespace(place=0.06, size=0.04, turn=0.06)                 # of a measurement: px, log radius, radians per frame
+AT_ONCE = 32                                                                    # clips in a batch
 SPAN = 1.1                                                                      # half-width of a shape's template, in square roots of its area
 
 
@@ -364,9 +365,9 @@ def load(a, *stages):
 
 
 def batches(a, world, device):
-    """This rank's share of the clips, up to 32 at a time: (their numbers, the batch)."""
-    for first in range(32 * train.RANK, a.clips, 32 * train.WORLD):
-        index = list(range(first, min(first + 32, a.clips)))
+    """This rank's share of the clips, up to AT_ONCE: (their numbers, the batch)."""
+    for first in range(AT_ONCE * train.RANK, a.clips, AT_ONCE * train.WORLD):
+        index = list(range(first, min(first + AT_ONCE, a.clips)))
         yield index, world.batch(index, device)
 
 
@@ -568,7 +569,7 @@ def show_motion(model, prompts, seeds, d, **options):
 
 
 def clips_of(a, name, prompts, d):
-    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made 32 at a time and kept; a batch already made is not made again."""
+    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made AT_ONCE and kept; a batch already made is not made again."""
     stage, options = VARIANTS[name]
     model = sample.load_run(a.run, stage, a.device)
     if name.startswith("Eq. 8"):
@@ -576,15 +577,15 @@ def clips_of(a, name, prompts, d):
     checksum = nets.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
     folder, paths = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
     folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, len(prompts), 32):
+    for first in range(0, len(prompts), AT_ONCE):
         paths.append(folder / f"{first}.pt")
-        some, mine = prompts[first:first + 32], first // 32 % train.WORLD == train.RANK
+        some, mine = prompts[first:first + AT_ONCE], first // AT_ONCE % train.WORLD == train.RANK
         key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed, some])
         if not mine or paths[-1].exists() and torch.load(paths[-1], weights_only=True).get("key") == key:
             continue
         seeds = [a.seed + first + i for i in range(len(some))]
         if name == "shown the true motion":
-            streams = show_motion(model, some, seeds, d[first:first + 32], **options)
+            streams = show_motion(model, some, seeds, d[first:first + AT_ONCE], **options)
         else:
             streams = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
         streams = [((v + 1) * 127.5).round().byte() for v in streams if v is not None]
