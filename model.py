@@ -64,15 +64,15 @@ class Normed(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))       # no x² of the size of x
         r = torch.rsqrt(length.square() / x.shape[-1] + eps)                    # (B, N, 1)
         ctx.save_for_backward(x, r, factor, shift)
-        return torch.addcmul(shift, x * r, factor).to(x.dtype)
+        return (x * r).mul_(factor).add_(shift).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, r, factor, shift = ctx.saved_tensors
         y, dy = x * r, grad * factor
-        dx = r * (dy - y * (dy * y).mean(-1, keepdim=True))                     # r depends on x too: no gradient along y
+        dx = torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)    # r depends on x too: no gradient along y
         dshift = grad.sum_to_size(shift.shape) if ctx.needs_input_grad[2] else None
-        return dx.to(x.dtype), (grad * y).sum_to_size(factor.shape), dshift, None
+        return dx.to(x.dtype), y.mul_(grad).sum_to_size(factor.shape), dshift, None
 
 
 class Norm(nn.RMSNorm):
@@ -336,19 +336,20 @@ def timestep_embedding(t, dim=256):
 # TAE. All tensors are (B, C, T, H, W); a 2-D convolution is a 3-D one that is one frame deep, a temporal one is one pixel wide.
 
 class Conv(nn.Module):
-    """A 2-D 3x3 convolution followed by a 1-D one over 3 frames, either with stride 2 on request (Movie Gen's TAE)."""
+    """A 2-D 3x3 convolution followed by a 1-D one over 3 frames, either with stride 2 on request (Movie Gen's TAE); r = `repeat` copies of each frame in between."""
 
     def __init__(self, c_in, c_out, stride_s=1, stride_t=1):
         super().__init__()
         self.space = nn.Conv2d(c_in, c_out, 3, stride_s, padding=1)
         self.time = nn.Conv2d(c_out, c_out, (3, 1), (stride_t, 1))              # on (B, C, T, HW)
 
-    def forward(self, x):
+    def forward(self, x, repeat=1):
         B = len(x)
         x = self.space(x.transpose(1, 2).flatten(0, 1))                         # (B T, c_out, H', W')
         H, W = x.shape[2:]
         x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(3)                  # (B, c_out, T, H'W')
-        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)                    # (B, c_out, T+2, H'W'), ends replicated, not causal
+        frames = [frame for frame in x.split(1, dim=2) for _ in range(repeat)]  # not x[:, :, :1]: the gradient of a slice is as large as x
+        x = torch.cat([frames[0], *frames, frames[-1]], dim=2)                  # (B, c_out, rT+2, H'W'), ends replicated, not causal
         return self.time(x).unflatten(3, (H, W))                                # (B, c_out, T', H', W')
 
 
@@ -392,9 +393,9 @@ class Down(nn.Module):
         B, C, T, H, W = x.shape
         y = self.conv(x)                                                        # (B, c_out, ceil(T/t), H/s, W/s)
         x = torch.cat([x, x[:, :, -1:]], dim=2) if T % self.t else x            # an odd clip repeats its last frame
-        x = x.view(B, C, -1, self.t, H // self.s, self.s, W // self.s, self.s)
-        x = x.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(B, self.c_out, -1, *y.shape[2:]).mean(2)
-        return x + y
+        x = x.permute(0, 2, 3, 4, 1).reshape(B, -1, self.t, H // self.s, self.s, W // self.s, self.s, C)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, *y.shape[2:], self.c_out, -1).mean(-1)
+        return x.permute(0, 4, 1, 2, 3) + y
 
 
 class Up(nn.Module):
@@ -407,7 +408,8 @@ class Up(nn.Module):
 
     def forward(self, x):
         B, C, T, H, W = x.shape
-        y = self.conv(F.interpolate(x, scale_factor=(self.t, self.s, self.s)))  # (B, c_out, tT, sH, sW)
+        y = F.interpolate(x, scale_factor=(1, self.s, self.s))                  # (B, C, T, sH, sW)
+        y = self.conv(y, repeat=self.t)                                         # (B, c_out, tT, sH, sW): the 2-D convolution does not see the copies
         cell = self.t * self.s ** 2
         x = x.repeat_interleave(self.c_out * cell // C, dim=1).view(B, self.t, self.s, self.s, self.c_out, T, H, W)
         return y + x.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(y.shape)

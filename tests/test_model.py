@@ -480,6 +480,16 @@ def test_shortcuts_copy_cells_to_channels_and_back(s, t, T):
     torch.testing.assert_close(mean(x).mean(1), F.avg_pool3d(even, (t, s, s)).mean(1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("s, t", [(2, 2), (2, 1), (1, 2)])
+def test_up_convolves_the_nearest_neighbours(s, t):
+    """Up's 2-D convolution runs before the frames are copied, and so once for all copies. Reference: copies in time and space first, then both convolutions."""
+    up, x = nets.Up(8, 4, s, t), torch.randn(2, 8, 3, 4, 6)
+    shortcut = up(x) - up.conv(F.interpolate(x, scale_factor=(1, s, s)), repeat=t)
+    copies = x.repeat_interleave(t, 2).repeat_interleave(s, 3).repeat_interleave(s, 4)
+    nn.init.normal_(up.conv.time.weight)
+    torch.testing.assert_close(up(x) - shortcut, up.conv(copies), rtol=1e-4, atol=1e-4)
+
+
 def test_statistics_bring_either_stream_to_its_own_scale():
     """Choice 3: encode subtracts the mean and divides by the standard deviation of the stream asked for; decode undoes it.
     Reference: `moments` by hand, with statistics set by hand."""
@@ -913,7 +923,9 @@ def test_shape_comments_of_the_networks():
     known.clear()
     for s, t in ((2, 2), (2, 1), (1, 2), (1, 1)):
         size = {"B": 2, "T": 7, "H": 6, "W": 10, "s": s, "t": t, "T'": math.ceil(7 / t), "H'": 6 // s, "W'": 10 // s, "c_out": 8}
-        missed = watch(lambda: nets.Conv(3, 8, s, t)(torch.zeros(2, 3, 7, 6, 10)), Conv_forward=size)
+        missed = set()
+        for r in (1, 2, 3):
+            missed |= watch(lambda: nets.Conv(3, 8, s, t)(torch.zeros(2, 3, 7, 6, 10), repeat=r), Conv_forward={**size, "r": r, "T'": math.ceil(7 * r / t)})
         missed |= watch(lambda: nets.Down(16, 16, s, t)(torch.zeros(2, 16, 7, 6, 10)), Down_forward={**size, "c_out": 16})
         missed |= watch(lambda: nets.Up(8, 16, s, t)(torch.zeros(2, 8, 7, 6, 10)), Up_forward={**size, "c_out": 16})
     size = {"B": 2, "C": 4, "T": 7, "T'": 2, "H'": 3, "W'": 4, "D": 16}
