@@ -262,7 +262,7 @@ def _paths(motion, objects, t, n, room, cap, pace, rng):
     if motion == "colliding":  # equal masses: along the line of impact they exchange their velocities
         hit, contact = rng.uniform(0.4, 0.6) * n, 2 * objects[0]["radius"]
         fast = pace * min(cap, max(room @ np.abs(ahead) - contact, 0.2 * cap * n) / (1.2 * n))
-        slow = -fast * rng.choice((0.0, rng.uniform(0.3, 1.0)))
+        slow = -fast * (0.0, rng.uniform(0.3, 1.0))[rng.integers(2)]
         before, after = np.minimum(t - hit, 0), np.maximum(t - hit, 0)
         return [(fast * before + slow * after) * ahead, (contact + slow * before + fast * after) * ahead]
     return [still]
@@ -305,11 +305,11 @@ def _draw(specs, i, j, height, width, device):
     ys, xs = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)    # (H, 1), (W,)
     for k in range(max(len(s["order"]) for s in specs)):
         rows = [b for b, s in enumerate(specs) if k < len(s["order"])]                           # the b clips with one
-        its = slice(None) if len(rows) == len(specs) else rows                                   # a slice copies nothing
+        its = slice(None) if len(rows) == len(specs) else rows                                   # video[slice] is video itself, video[rows] a copy to put back
         objects = [specs[b]["objects"][specs[b]["order"][k]] for b in rows]
         drawn = lambda table, key, x, y: torch.stack([table[o[key]](*xy) for o, *xy in zip(objects, x, y)])
-        poses = tensor([[[o["pose"][f] for f in frames] for frames in (i, j)] for o in objects])
-        (cx, cy, a, s), (cx2, cy2, a2, s2) = (poses[:, n, ..., None, None].unbind(2) for n in (0, 1))  # (b, T, 1, 1)
+        poses = tensor([o["pose"] for o in objects])[..., None, None]                            # (b, T+1, 4, 1, 1)
+        (cx, cy, a, s), (cx2, cy2, a2, s2) = (poses[:, list(frames)].unbind(2) for frames in (i, j))   # (b, T, 1, 1)
         radius = tensor([o["radius"] for o in objects]).view(-1, 1, 1, 1) * s
         dx, dy = xs - cx, ys - cy                                                                # (b, T, H|1, W|1)
 
@@ -321,14 +321,15 @@ def _draw(specs, i, j, height, width, device):
         x, y = _rotate(dx1, dy1, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
         dark = drawn(PAINT, "pattern", x, y).mul_(-radius).add_(0.5).clamp_(0, 1)
         paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)               # (b, 3, 1, 1, 1)
-        video[its] = video[its].lerp_(2 * paint - 1, inside[:, None])
-        video[its] = video[its].addcmul_(-0.35 * 2 * paint, dark.mul_(inside)[:, None])          # darker, the hue stays
+        # The dark parts have 65 % of the colour, so the hue stays: 2 (1 - 0.35 dark) paint - 1.
+        video[its] = video[its].lerp_(2 * paint - 1, inside[:, None]).addcmul_(-0.7 * paint, dark.mul_(inside)[:, None])
 
         # R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p, the terms in x and those in y
         cos, sin = (s2 / s) * torch.cos(a2 - a), (s2 / s) * torch.sin(a2 - a)                    # (b, T, 1, 1)
         of_x = torch.stack([cos * dx + (cx2 - xs), sin * dx], 1)                                 # (b, 2, T, 1, W)
         of_y = torch.stack([-sin * dy, cos * dy + (cy2 - ys)], 1)                                # (b, 2, T, H, 1)
-        flow[its] = flow[its].lerp_(of_x + of_y, inside.round_()[:, None])                       # where more than half covered
+        covered = inside.round_()                                                                # 0 or 1; exactly a half is 0
+        flow[its] = flow[its].lerp_(of_x + of_y, covered[:, None])
     return video, flow
 
 

@@ -72,7 +72,7 @@ class Normed(torch.autograd.Function):
         y, dy = x * r, grad * factor
         dx = torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)    # r depends on x too: no gradient along y
         dshift = grad.sum_to_size(shift.shape) if ctx.needs_input_grad[2] else None
-        return dx.to(x.dtype), y.mul_(grad).sum_to_size(factor.shape), dshift, None
+        return dx.to(x.dtype), y.mul_(grad).sum_to_size(factor.shape), dshift, None                # y itself is not needed any more
 
 
 class Norm(nn.RMSNorm):
@@ -336,7 +336,7 @@ def timestep_embedding(t, dim=256):
 # TAE. All tensors are (B, C, T, H, W); a 2-D convolution is a 3-D one that is one frame deep, a temporal one is one pixel wide.
 
 class Conv(nn.Module):
-    """A 2-D 3x3 convolution followed by a 1-D one over 3 frames, either with stride 2 on request (Movie Gen's TAE); r = `repeat` copies of each frame in between."""
+    """A 2-D 3x3 convolution followed by a 1-D one over 3 frames, either with stride 2 on request (Movie Gen's TAE). Between the two each frame may be repeated, r times."""
 
     def __init__(self, c_in, c_out, stride_s=1, stride_t=1):
         super().__init__()
@@ -348,8 +348,9 @@ class Conv(nn.Module):
         x = self.space(x.transpose(1, 2).flatten(0, 1))                         # (B T, c_out, H', W')
         H, W = x.shape[2:]
         x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(3)                  # (B, c_out, T, H'W')
-        frames = [frame for frame in x.split(1, dim=2) for _ in range(repeat)]  # not x[:, :, :1]: the gradient of a slice is as large as x
+        frames = [frame for frame in x.split(1, dim=2) for _ in range(repeat)]  # split, not x[:, :, :1], whose gradient is as large as x
         x = torch.cat([frames[0], *frames, frames[-1]], dim=2)                  # (B, c_out, rT+2, H'W'), ends replicated, not causal
+        del frames                                                              # they would keep the memory of the old x
         return self.time(x).unflatten(3, (H, W))                                # (B, c_out, T', H', W')
 
 
@@ -393,13 +394,14 @@ class Down(nn.Module):
         B, C, T, H, W = x.shape
         y = self.conv(x)                                                        # (B, c_out, ceil(T/t), H/s, W/s)
         x = torch.cat([x, x[:, :, -1:]], dim=2) if T % self.t else x            # an odd clip repeats its last frame
-        x = x.permute(0, 2, 3, 4, 1).reshape(B, -1, self.t, H // self.s, self.s, W // self.s, self.s, C)
+        x = x.permute(0, 2, 3, 4, 1)                                            # channels last: the copy below moves runs of memory
+        x = x.reshape(B, -1, self.t, H // self.s, self.s, W // self.s, self.s, C)
         x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, *y.shape[2:], self.c_out, -1).mean(-1)
         return x.permute(0, 4, 1, 2, 3) + y
 
 
 class Up(nn.Module):
-    """Nearest neighbour, then a convolution, plus the mirror image of Down's shortcut: channels are copied back to the cell."""
+    """Nearest neighbour and a convolution, plus the mirror image of Down's shortcut: channels are copied back to the cell."""
 
     def __init__(self, c_in, c_out, stride_s, stride_t):
         super().__init__()
@@ -409,7 +411,7 @@ class Up(nn.Module):
     def forward(self, x):
         B, C, T, H, W = x.shape
         y = F.interpolate(x, scale_factor=(1, self.s, self.s))                  # (B, C, T, sH, sW)
-        y = self.conv(y, repeat=self.t)                                         # (B, c_out, tT, sH, sW): the 2-D convolution does not see the copies
+        y = self.conv(y, repeat=self.t)                                         # (B, c_out, tT, sH, sW); copied in time after the 2-D convolution, the same for each copy
         cell = self.t * self.s ** 2
         x = x.repeat_interleave(self.c_out * cell // C, dim=1).view(B, self.t, self.s, self.s, self.c_out, T, H, W)
         return y + x.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(y.shape)

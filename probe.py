@@ -365,7 +365,7 @@ def load(a, *stages):
 
 
 def batches(a, world, device):
-    """This rank's share of the clips, up to AT_ONCE: (their numbers, the batch)."""
+    """This rank's share of the clips, up to AT_ONCE at a time: (their numbers, the batch)."""
     for first in range(AT_ONCE * train.RANK, a.clips, AT_ONCE * train.WORLD):
         index = list(range(first, min(first + AT_ONCE, a.clips)))
         yield index, world.batch(index, device)
@@ -569,7 +569,7 @@ def show_motion(model, prompts, seeds, d, **options):
 
 
 def clips_of(a, name, prompts, d):
-    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made AT_ONCE and kept; a batch already made is not made again."""
+    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made AT_ONCE at a time and kept; a batch already made is not made again."""
     stage, options = VARIANTS[name]
     model = sample.load_run(a.run, stage, a.device)
     if name.startswith("Eq. 8"):
@@ -587,7 +587,7 @@ def clips_of(a, name, prompts, d):
         if name == "shown the true motion":
             streams = show_motion(model, some, seeds, d[first:first + AT_ONCE], **options)
         else:
-            streams = sample.generate(model, some, seeds, bar=train.RANK == 0, **options)
+            streams = sample.generate(model, some, seeds, bar=train.RANK == 0, at_once=AT_ONCE, **options)
         streams = [((v + 1) * 127.5).round().byte() for v in streams if v is not None]
         torch.save(dict(key=key, streams=streams), f"{paths[-1]}.tmp")
         os.replace(f"{paths[-1]}.tmp", paths[-1])

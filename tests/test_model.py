@@ -482,12 +482,18 @@ def test_shortcuts_copy_cells_to_channels_and_back(s, t, T):
 
 @pytest.mark.parametrize("s, t", [(2, 2), (2, 1), (1, 2)])
 def test_up_convolves_the_nearest_neighbours(s, t):
-    """Up's 2-D convolution runs before the frames are copied, and so once for all copies. Reference: copies in time and space first, then both convolutions."""
-    up, x = nets.Up(8, 4, s, t), torch.randn(2, 8, 3, 4, 6)
-    shortcut = up(x) - up.conv(F.interpolate(x, scale_factor=(1, s, s)), repeat=t)
+    """Up's 2-D convolution sees each frame once, as copies in time come after it. Reference: copies in time and space first, then both convolutions."""
+    up, x, seen = nets.Up(8, 4, s, t), torch.randn(2, 8, 3, 4, 6), []
+    for w in up.conv.parameters():
+        nn.init.zeros_(w)
+    shortcut = up(x)                                                            # as above
+    for w in up.conv.parameters():
+        nn.init.normal_(w)
     copies = x.repeat_interleave(t, 2).repeat_interleave(s, 3).repeat_interleave(s, 4)
-    nn.init.normal_(up.conv.time.weight)
-    torch.testing.assert_close(up(x) - shortcut, up.conv(copies), rtol=1e-4, atol=1e-4)
+    expected = shortcut + up.conv(copies)
+    up.conv.space.register_forward_hook(lambda net, inputs, output: seen.append(len(output)))
+    torch.testing.assert_close(up(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [2 * 3]
 
 
 def test_statistics_bring_either_stream_to_its_own_scale():

@@ -324,8 +324,7 @@ def test_tables_compare_prompt_by_prompt():
 
 @pytest.mark.parametrize("experiment, file, clips", [("permute", "permute.csv", 40), ("ablate", "ablate-clips.csv", 10)])
 def test_two_ranks_find_what_one_process_finds(run, tmp_path, monkeypatch, experiment, file, clips):
-    """The clips are split over the ranks, those of torchrun for permute; of ablate two variants and batches of four suffice. Reference: the same command in
-    one process."""
+    """The clips are split over the ranks. permute runs under torchrun; for ablate two variants and batches of four are enough. Reference: one process."""
     command, two = [experiment, "--run", str(run), "--clips", str(clips)], {name: probe.VARIANTS[name] for name in ("base", "VideoJAM")}
     if experiment == "permute":
         status, _, err = finished(start("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "probe.py", *command, script="-m"))
