@@ -120,7 +120,7 @@ def camera_word(camera):
     """The word for a spec's pan [u, v] px per frame (the picture flows against it); None if there is none."""
     if camera is None or isinstance(camera, str):
         return camera
-    return next((d for d in ("left", "right", "up", "down") if np.dot(camera, DIRECTIONS[d]) < 0), None)
+    return next((d for d in ("left", "right", "up", "down") if np.dot(camera, DIRECTIONS[d]) < 0), None) if any(camera) else None
 
 
 READ = {  # tried in order, on a text whose named objects have become "it"
@@ -193,7 +193,7 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
         objects[1]["radius"] = objects[0]["radius"]  # equal masses
     pace = rng.uniform(*PACE[words["speed"] or (None if words["kind"] == "basic" else "fast")])
     camera = -DIRECTIONS[words["camera"]] * rng.uniform(0.15, 0.25) * side / n if words.get("camera") else np.zeros(2)
-    angle, scale = np.zeros_like(t), np.ones_like(t)
+    angle, scale = 0 * t, 0 * t + 1
     if motion.startswith("spinning"):  # at most 22.5 degrees a frame, far below the 90 at which a pattern repeats
         rate = pace * min(math.pi / 8, 1.5 * math.pi / n) * (-1 if "counter" in motion else 1)
         angle = rng.uniform(0, 2 * math.pi) + rate * t
@@ -201,15 +201,14 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
         scale = (1 + pace) ** ((t if motion == "growing" else n - t) / n)
 
     # One shift for all actors: random where the picture leaves a choice, the middle where not, the floor for a bounce.
-    reach = [o["radius"] * scale[:frames].max() * (1.25 if angle.any() else 1) for o in objects[:actors]]
-    room = np.maximum(box - 2 * max(reach) - np.abs(camera) * n, 0.2 * side)
-    paths = [path + camera * t[:, None] for path in _paths(motion, objects, t, n, room, 5 / 64 * side, pace, rng)]
-    least = np.min([path[:frames].min(0) - r for path, r in zip(paths, reach)], 0)
-    most = np.max([path[:frames].max(0) + r for path, r in zip(paths, reach)], 0)
+    reach = np.array([[o["radius"]] for o in objects[:actors]]) * scale[:frames].max() * (1.25 if angle.any() else 1)     # (actors, 1)
+    room = np.maximum(box - 2 * reach.max() - np.abs(camera) * n, 0.2 * side)
+    paths = np.array(_paths(motion, objects, t, n, room.tolist(), 5 / 64 * side, pace, rng)) + camera * t[:, None]    # (actors, T+1, 2)
+    least, most = (paths[:, :frames].min(1) - reach).min(0), (paths[:, :frames].max(1) + reach).max(0)
     spare, share = box - (most - least), rng.random(2)
     if motion == "bouncing":
         share[1] = 1.0
-    paths = [path - least - 0.5 + spare * np.where(spare > 0, share, 0.5) for path in paths]
+    paths = [*(paths - least - 0.5 + spare * np.where(spare > 0, share, 0.5))]
     for o in objects[actors:]:  # a bystander stands behind, at the emptiest of a few places
         places = rng.uniform(o["radius"], box - o["radius"], (8, 2))
         gaps = [min(np.linalg.norm(path - place, axis=1).min() for path in paths) for place in places]
@@ -228,7 +227,7 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
 def _paths(motion, objects, t, n, room, cap, pace, rng):
     """The actors' paths, (T+1, 2) each, up to a common shift: n steps are shown, `room` px are free, `cap` px per frame is the top speed."""
     def speed(d):  # along d, by the cap or by the room there is
-        return pace * min(cap, min(room[a] / abs(d[a]) for a in (0, 1) if abs(d[a]) > 1e-9) / n)
+        return pace * min(cap, *(there / abs(along) / n for there, along in zip(room, d.tolist()) if along))
 
     t, still, down = t[:, None], np.zeros((len(t), 2)), DIRECTIONS["down"]
     ahead = list(DIRECTIONS.values())[2 * rng.integers(4)]  # where the words leave it open: right, down, left or up
@@ -261,7 +260,7 @@ def _paths(motion, objects, t, n, room, cap, pace, rng):
         return [t * across * 0.3 * speed(across) - np.max(arcs, 0) * down]
     if motion == "colliding":  # equal masses: along the line of impact they exchange their velocities
         hit, contact = rng.uniform(0.4, 0.6) * n, 2 * objects[0]["radius"]
-        fast = pace * min(cap, max(room @ np.abs(ahead) - contact, 0.2 * cap * n) / (1.2 * n))
+        fast = pace * min(cap, max(np.abs(ahead) @ room - contact, 0.2 * cap * n) / (1.2 * n))
         slow = -fast * (0.0, rng.uniform(0.3, 1.0))[rng.integers(2)]
         before, after = np.minimum(t - hit, 0), np.maximum(t - hit, 0)
         return [(fast * before + slow * after) * ahead, (contact + slow * before + fast * after) * ahead]
@@ -281,7 +280,7 @@ PAINT = {  # the same for the dark parts of a pattern, so that a spin or a zoom 
     "stripes": lambda x, y: 0.13 * torch.sin(7.5 * x + 0.8),
     "halves": lambda x, y: x,
     "dot": lambda x, y: torch.hypot(x - 0.35, y) - 0.4,
-    "checker": lambda x, y: torch.minimum(x.abs(), y.abs()) * x.sign() * y.sign(),
+    "checker": lambda x, y: torch.minimum(x.abs(), y.abs()).copysign(x * y),
 }
 
 
@@ -299,27 +298,25 @@ def flow_between(specs, i, j, height, width, device="cpu"):
 def _draw(specs, i, j, height, width, device):
     """Frames i of every spec and the flow that takes them to frames j, painted back to front."""
     tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
-    camera, at, to = tensor([s["camera"] for s in specs]), tensor(i), tensor(j)                  # (B, 2), (T,), (T,)
-    video = _background(specs, camera, at, height, width)                                        # (B, 3, T, H, W)
-    flow = (camera[..., None] * (to - at))[..., None, None].repeat(1, 1, 1, height, width)       # (B, 2, T, H, W)
+    camera, i, j = tensor([s["camera"] for s in specs]), *(torch.tensor(list(f), device=device) for f in (i, j))     # (B, 2), (T,), (T,)
+    video = _background(specs, camera, i, height, width)                                         # (B, 3, T, H, W)
+    flow = (camera[..., None] * (j - i))[..., None, None].repeat(1, 1, 1, height, width)         # (B, 2, T, H, W)
     ys, xs = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)    # (H, 1), (W,)
     for k in range(max(len(s["order"]) for s in specs)):
         rows = [b for b, s in enumerate(specs) if k < len(s["order"])]                           # the b clips with one
         its = slice(None) if len(rows) == len(specs) else rows                                   # video[slice] is video itself, video[rows] a copy to put back
         objects = [specs[b]["objects"][specs[b]["order"][k]] for b in rows]
-        drawn = lambda table, key, x, y: torch.stack([table[o[key]](*xy) for o, *xy in zip(objects, x, y)])
         poses = tensor([o["pose"] for o in objects])[..., None, None]                            # (b, T+1, 4, 1, 1)
-        (cx, cy, a, s), (cx2, cy2, a2, s2) = (poses[:, list(frames)].unbind(2) for frames in (i, j))   # (b, T, 1, 1)
+        (cx, cy, a, s), (cx2, cy2, a2, s2) = (poses[:, frames].unbind(2) for frames in (i, j))         # (b, T, 1, 1)
         radius = tensor([o["radius"] for o in objects]).view(-1, 1, 1, 1) * s
         dx, dy = xs - cx, ys - cy                                                                # (b, T, H|1, W|1)
 
         # Into the shape's own frame, R^-1 S^-1 (p - c): outline and pattern live there; edges are one pixel wide.
         # Much is done in place: fresh memory takes longer than the arithmetic.
         dx1, dy1 = dx / radius, dy / radius
-        x, y = _rotate(dx1, dy1, -a)                                                             # (b, T, H, W)
-        inside = drawn(SDF, "shape", x, y).mul_(-radius).add_(0.5).clamp_(0, 1)
-        x, y = _rotate(dx1, dy1, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1))
-        dark = drawn(PAINT, "pattern", x, y).mul_(-radius).add_(0.5).clamp_(0, 1)
+        drawn = lambda table, key, x, y: torch.stack([table[o[key]](*xy) for o, *xy in zip(objects, x, y)]).mul_(-radius).add_(0.5).clamp_(0, 1)
+        inside = drawn(SDF, "shape", *_rotate(dx1, dy1, -a))                                     # (b, T, H, W)
+        dark = drawn(PAINT, "pattern", *_rotate(dx1, dy1, -a - tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1)))
         paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)               # (b, 3, 1, 1, 1)
         # The dark parts have 65 % of the colour, so the hue stays: 2 (1 - 0.35 dark) paint - 1.
         video[its] = video[its].lerp_(2 * paint - 1, inside[:, None]).addcmul_(-0.7 * paint, dark.mul_(inside)[:, None])
@@ -347,15 +344,16 @@ def _background(specs, camera, at, height, width):
             continue
         its = slice(None) if len(rows) == len(specs) else rows                                       # a slice copies nothing
         ground = [specs[b]["background"] for b in rows]
-        each = lambda key: camera.new_tensor([g[key] for g in ground]).view(len(rows), -1, 1, 1, 1)
+        numbers = camera.new_tensor([[g["level"], g["texture"], *g["light"], *g["tint"]] for g in ground])[..., None, None, None]
+        level, texture, to_right, down, *_ = numbers.unbind(1)                                       # (b, 1, 1, 1)
         pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]              # (b, 2, T|1, 1, 1)
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)
         y = (torch.arange(height, device=at.device)[:, None] - pan[:, 1]) / side - 0.5               # (b, T, H, 1)
-        grey = 2 * (each("light")[:, 0] * x + each("light")[:, 1] * y) - 0.2                         # (b, T, H, W)
-        if each("texture").any():  # nothing of it is left on a plain background
+        grey = 2 * (to_right * x + down * y) - 0.2                                                   # (b, T, H, W)
+        if texture.any():  # nothing of it is left on a plain background
             grey = _add_noise(grey, ground, x, y)
-        grey = (each("level")[:, 0] + each("texture")[:, 0] * grey).clamp(0.08, 0.92)[:, None]
-        video[its] = 2 * grey * (1 + each("texture") * each("tint")) - 1
+        grey = (level + texture * grey).clamp(0.08, 0.92)[:, None]                                   # (b, 1, T, H, W)
+        video[its] = 2 * grey * (1 + texture[:, None] * numbers[:, 4:]) - 1
     return video
 
 

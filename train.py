@@ -473,7 +473,8 @@ def train_tae(config, clips, device):
         position = [step * batch + row for row in rows]
         got = clips.batch([clip_index(seed, p, n) for p in position], device)
         painted = torch.tensor([row % 2 == 1 for row in rows], device=device)
-        video = torch.where(per_clip(painted, got["video"]), flow.flow_to_rgb(got["flow"], sigma), got["video"])
+        video = got["video"]
+        video[painted] = flow.flow_to_rgb(got["flow"][painted], sigma)
         noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
         with precision(config, device):
             rec, reg, error = tae_loss(video, tae, config, noise)

@@ -211,7 +211,7 @@ def data_(a):
         def step():
             train.gradient(config, state, loss, 0, micro, config["batch"])
             train.update(config, state, 0, 1e-4)
-        took = alternate(a, {"data": lambda: world.batch(range(config["batch"]), device), "step": step}, max(3, a.reps // 2))
+        took = alternate(a, {"data": lambda: world.batch(range(config["batch"]), device), "step": step}, max(3, a.reps // 2) if preset == "small" else 4 * a.reps)
         row(f"{preset}: rendering {config['batch']} clips, of the step that renders, encodes and trains", "under 0.05x", took["data"], took["step"])
 
 
@@ -286,7 +286,7 @@ def map_(a, steps=60):
         took.clear()
         seconds = probe.timed(torch.device(a.device), lambda: got.append(fit(config, stage, *args, **kwargs)))
         rest = {**took, "the rest: loss, logs, bar, checkpoint": seconds - sum(took.values())}
-        print(f"\n{stage}, {1e3 * seconds / steps:.0f} ms a step: " + ", ".join(f"{what} {100 * s / seconds:.0f} %" for what, s in sorted(rest.items(), key=lambda r: -r[1])))
+        print(f"\n{stage}, {1e3 * seconds / steps:.0f} ms a step: " + ", ".join(f"{what} {100 * s / seconds:.1f} %" for what, s in sorted(rest.items(), key=lambda r: -r[1])))
         return got.pop()
 
     got, train.fit = [], fit_and_report
