@@ -345,7 +345,7 @@ def _background(specs, camera, at, height, width):
         its = slice(None) if len(rows) == len(specs) else rows                                       # a slice copies nothing
         ground = [specs[b]["background"] for b in rows]
         numbers = camera.new_tensor([[g["level"], g["texture"], *g["light"], *g["tint"]] for g in ground])[..., None, None, None]
-        level, texture, to_right, down, *_ = numbers.unbind(1)                                       # (b, 1, 1, 1)
+        level, texture, to_right, down = numbers[:, :4].unbind(1)                                    # (b, 1, 1, 1)
         pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]              # (b, 2, T|1, 1, 1)
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)
         y = (torch.arange(height, device=at.device)[:, None] - pan[:, 1]) / side - 0.5               # (b, T, H, 1)

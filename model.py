@@ -40,7 +40,8 @@ def put_whole(w, whole):
 
 def normal_(w, std=1.0):
     """Draw w ~ N(0, std²) from the global generator: the same numbers sharded or not."""
-    put_whole(w, torch.empty(w.shape, device=w.device).normal_(std=std))
+    if not w.is_meta:                                                           # there torch draws nothing, and imports its compiler for it: a second
+        put_whole(w, torch.empty(w.shape, device=w.device).normal_(std=std))
 
 
 def init_weights(net):
@@ -142,7 +143,7 @@ class ByteText(nn.Module):
     def __init__(self, dim, depth, heads, length):
         super().__init__()
         self.length = length
-        self.embed = nn.Embedding(259, dim)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(259, dim), freeze=False)          # not drawn yet: see normal_
         self.position = nn.Parameter(torch.empty(length, dim))
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(
             norm1=Norm(dim), attn=Attention(dim, heads), norm2=Norm(dim), ffn=SwiGLU(dim, 2 * dim)))

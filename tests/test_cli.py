@@ -20,7 +20,8 @@ import data
 import flow
 import model as nets
 import sample
-from conftest import ROOT, TINY, command
+import train
+from conftest import ROOT, TINY, command, finished, start
 
 
 def contents(folder):
@@ -181,9 +182,9 @@ def test_plan_prints_and_trains_nothing(tmp_path, monkeypatch, capsys):
 
 def test_bad_input_in_a_process(tmp_path):
     """A mistyped key and a folder without a run, as a user meets them: exit status 1, nothing on stdout, one line on stderr."""
-    for line, words in ((["train.py", "base.stesp=5", f"run={tmp_path / 'x'}"], "did you mean 'base.steps'"),
-                        (["sample.py", "hello", "--run", tmp_path / "x"], "no run folder")):
-        status, out, err = command(*line)
+    wrong = {"did you mean 'base.steps'": start("base.stesp=5", f"run={tmp_path / 'x'}"), "no run folder": start("hello", "--run", tmp_path / "x", script="sample.py")}
+    for words, process in wrong.items():
+        status, out, err = finished(process)
         assert status == 1 and out == "" and len(err.splitlines()) == 1 and words in err, err
     assert not list(tmp_path.iterdir())
 
@@ -233,11 +234,12 @@ def test_latents_of_another_tae_are_refused(run, monkeypatch):
 
 def test_samples_at_intervals(run, monkeypatch):
     """sample_every: a sheet and a clip per interval, and the training is not touched by it. Reference: the weights of the run without."""
+    monkeypatch.setattr(train, "finale", lambda *args: None)
     for every, name in ((0, "without"), (1, "with")):
         new = run.with_name(name)
         new.mkdir()
         shutil.copy(run / "tae.pt", new)
-        assert script(monkeypatch, "train.py", *TINY, f"run={new}", "stages=base", "base.steps=3", f"sample_every={every}", "log_every=2") is None
+        train.main([*TINY, f"run={new}", "stages=base", "base.steps=3", f"sample_every={every}", "log_every=2"])
     assert {"base-1.png", "base-2.mp4", "base-3.png"} <= {p.name for p in (new / "samples").iterdir()}
     a, b = (nets.read_weights(run.with_name(name) / "base.pt")["checksum"] for name in ("without", "with"))
     assert a == b
