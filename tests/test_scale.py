@@ -26,6 +26,7 @@ from conftest import TINY, finished, free_port, ranks, read_state, start, states
 # 12 frames are 3 latent ones: two ranks share their positions, (3, 1, 1, D), unevenly
 TEN = ["frames=12", "stages=base,videojam", "base.steps=10", "videojam.steps=10", "save_every=5", "keep_states=9"]
 KILLED = ["stages=base", "base.steps=40", "save_every=1", "log_every=5"]
+TO_THE_END = [*KILLED, "save_every=39"]                                         # what is not killed need not save so often
 
 
 def weights(run, stage):
@@ -268,9 +269,9 @@ def test_meta_device_and_plain_construction_agree():
 
 @pytest.fixture(scope="module")
 def straight(trained, quiet, tmp_path_factory):
-    """Forty steps without interruption."""
+    """Forty steps without interruption, the last two saved."""
     run = folder(trained, tmp_path_factory.mktemp("scale") / "straight", "tae")
-    train.main([*TINY, *KILLED, f"run={run}"])
+    train.main([*TINY, *TO_THE_END, f"run={run}"])
     return run
 
 
@@ -297,7 +298,7 @@ def test_random_kills(trained, straight, quiet, tmp_path, capsys):
     run = folder(trained, tmp_path / "run", "tae")
     resumed = kill_often(run, [*TINY, *KILLED], kills=2, seed=1)
     assert 0 < resumed[0] < resumed[1] < 40
-    train.main([*TINY, *KILLED, f"run={run}"])
+    train.main([*TINY, *TO_THE_END, f"run={run}"])
     assert f"base: resumed at step {resumed[1]}\n" in capsys.readouterr().out
     for kind, named in read_state(straight, "base", 40).items():
         assert_equal(read_state(run, "base", 40)[kind], named)
@@ -334,7 +335,7 @@ def test_killed_while_saving(children, straight, quiet, name):
     status, _, err = finished(started[name])
     assert status == -signal.SIGKILL, err
     assert states(run, "base") == ["step-1", "step-2", "step-3.tmp"]
-    train.main([*TINY, *KILLED, f"run={run}"])
+    train.main([*TINY, *TO_THE_END, f"run={run}"])
     assert_equal(read_state(run, "base", 40)["net"], read_state(straight, "base", 40)["net"])
     assert_equal(weights(run, "base"), weights(straight, "base"))
 
@@ -347,7 +348,7 @@ def test_sigterm_saves_and_leaves(children, straight, quiet):
     saved = states(run, "base")
     assert status == 143 and len(saved) == 1 and f"base: SIGTERM at step {saved[0][5:]} of 40" in out, (out, err)
     assert not (run / "base.pt").exists() and 5 <= int(saved[0][5:]) < 40
-    train.main([*TINY, *KILLED, f"run={run}", "save_every=1000"])
+    train.main([*TINY, *TO_THE_END, f"run={run}"])
     assert_equal(weights(run, "base"), weights(straight, "base"))
 
 
@@ -420,11 +421,11 @@ def test_a_full_disk(trained, straight, quiet, tmp_path):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(train, "finish", (lambda finish: lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1])) or finish(*args))(train.finish))
             with pytest.raises(OSError, match="base.pt could not be written .*is the disk full"):
-                train.main([*TINY, *KILLED, f"run={run}"])
+                train.main([*TINY, *TO_THE_END, f"run={run}"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(run.glob("base.pt*"))
-    train.main([*TINY, *KILLED, f"run={run}"])
+    train.main([*TINY, *TO_THE_END, f"run={run}"])
     assert_equal(weights(run, "base"), weights(straight, "base"))
 
 
