@@ -193,7 +193,7 @@ def guidance(a):
     for overrides in ([], ["preset=small", "batch=1"]):
         model, prompts = tiny(a, *overrides), data.STRAIGHT[:8 if not overrides else 1]
         work = lambda kind: lambda: list(sample.sampler(model, prompts, list(range(len(prompts))), steps=100, guidance=kind))
-        took = alternate(a, {kind: work(kind) for kind in ("inner", "text")}, max(3, a.reps // 2 if not overrides else 3))
+        took = alternate(a, {kind: work(kind) for kind in ("inner", "text")}, 3 if overrides else a.reps)
         row(f"Inner-Guidance, 100 steps, {len(prompts)} clips of {model.config['preset']}, against text guidance", "at most 1.25x + 3 %", took["inner"], took["text"])
 
 
@@ -289,6 +289,7 @@ def map_(a, steps=60):
         print(f"\n{stage}, {1e3 * seconds / steps:.0f} ms a step: " + ", ".join(f"{what} {100 * s / seconds:.1f} %" for what, s in sorted(rest.items(), key=lambda r: -r[1])))
         return got.pop()
 
+    torch.optim.AdamW([torch.zeros(1)])                                         # the first one imports torch's compiler: a second that is no step's
     got, train.fit = [], fit_and_report
     for part in PARTS:
         stopwatch(*part)
