@@ -120,7 +120,7 @@ def camera_word(camera):
     """The word for a spec's pan [u, v] px per frame (the picture flows against it); None if there is none."""
     if camera is None or isinstance(camera, str):
         return camera
-    return next((d for d in ("left", "right", "up", "down") if np.dot(camera, DIRECTIONS[d]) < 0), None) if any(camera) else None
+    return next((d for d in ("left", "right", "up", "down") if any(camera) and np.dot(camera, DIRECTIONS[d]) < 0), None)
 
 
 READ = {  # tried in order, on a text whose named objects have become "it"
@@ -208,7 +208,7 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
     spare, share = box - (most - least), rng.random(2)
     if motion == "bouncing":
         share[1] = 1.0
-    paths = [*(paths - least - 0.5 + spare * np.where(spare > 0, share, 0.5))]
+    paths = list(paths - least - 0.5 + spare * np.where(spare > 0, share, 0.5))
     for o in objects[actors:]:  # a bystander stands behind, at the emptiest of a few places
         places = rng.uniform(o["radius"], box - o["radius"], (8, 2))
         gaps = [min(np.linalg.norm(path - place, axis=1).min() for path in paths) for place in places]
@@ -344,7 +344,7 @@ def _background(specs, camera, at, height, width):
             continue
         its = slice(None) if len(rows) == len(specs) else rows                                       # a slice copies nothing
         ground = [specs[b]["background"] for b in rows]
-        numbers = camera.new_tensor([[g["level"], g["texture"], *g["light"], *g["tint"]] for g in ground])[..., None, None, None]
+        numbers = camera.new_tensor([[g["level"], g["texture"], *g["light"], *g["tint"]] for g in ground])[..., None, None, None]     # (b, 7, 1, 1, 1)
         level, texture, to_right, down = numbers[:, :4].unbind(1)                                    # (b, 1, 1, 1)
         pan = (camera[its][..., None] * (at if moves else 0 * at[:1]))[..., None, None]              # (b, 2, T|1, 1, 1)
         x = (torch.arange(width, device=at.device) - pan[:, 0]) / side - 0.5                         # (b, T, 1, W)

@@ -182,7 +182,8 @@ def test_plan_prints_and_trains_nothing(tmp_path, monkeypatch, capsys):
 
 def test_bad_input_in_a_process(tmp_path):
     """A mistyped key and a folder without a run, as a user meets them: exit status 1, nothing on stdout, one line on stderr."""
-    wrong = {"did you mean 'base.steps'": start("base.stesp=5", f"run={tmp_path / 'x'}"), "no run folder": start("hello", "--run", tmp_path / "x", script="sample.py")}
+    wrong = {"did you mean 'base.steps'": start("base.stesp=5", f"run={tmp_path / 'x'}", PYTHONWARNINGS="default"),
+             "no run folder": start("hello", "--run", tmp_path / "x", script="sample.py", PYTHONWARNINGS="default")}
     for words, process in wrong.items():
         status, out, err = finished(process)
         assert status == 1 and out == "" and len(err.splitlines()) == 1 and words in err, err

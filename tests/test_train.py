@@ -228,6 +228,26 @@ def test_noise_enters_with_the_posteriors_width():
     np.testing.assert_allclose(seen[0], mean.numpy() + np.sqrt(np.exp(logvar.numpy())) * noise.numpy(), rtol=1e-5)
 
 
+def test_half_of_the_taes_batch_is_painted(monkeypatch):
+    """Choice 3: the odd places of the TAE's batch are painted flow, the even ones the clips themselves, however the batch is cut. Reference: clip by clip."""
+    config, caught, seen, real = nets.load_config([*TINY, "tae.batch=4", "run=nowhere"]), [], [], train.tae_loss
+
+    def fit(config, stage, parts, loss_of, *rest):
+        caught.append(loss_of)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "tae_loss", lambda video, *rest: seen.append(video) or real(video, *rest))
+    clips = data.open_data(config)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_tae(config, clips, torch.device("cpu"))
+    for rows in ([0, 1, 2, 3], [0, 2], [1, 3]):
+        caught[0](5, rows)
+        for row, video in zip(rows, seen.pop()):
+            clip = clips[5 * 4 + row]
+            expected = flow.flow_to_rgb(clip["flow"][None], config["flow"]["sigma"])[0] if row % 2 else clip["video"]
+            torch.testing.assert_close(video, expected, rtol=0, atol=1e-5)      # one clip or four are drawn in other loops
+
+
 def test_measured_statistics_normalise_either_stream():
     """Choice 3: with the measured statistics the training latents of each stream have mean 0 and standard deviation 1 per channel.
     Reference: numpy over the encodings of the very clips that were measured; 1e-3: float32 sums."""
