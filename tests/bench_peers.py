@@ -2,7 +2,7 @@
 
     pip install torch==2.13.0 -r requirements.txt diffusers==0.42.1      # in an environment of its own: no dependency of the project
     pip download --no-deps -d wheel torchvision==0.28.0 && (cd wheel && unzip -q torchvision-*.whl)
-    python tests/bench_peers.py --torchvision wheel/torchvision          # everything, about half an hour on 2 cores
+    python tests/bench_peers.py --torchvision wheel/torchvision          # everything, about 20 minutes on 2 cores
     python tests/bench_peers.py dit                                      # one of: dit tae raft guidance data long growth map
     python tests/bench_peers.py dit tae --device cuda --dtype bfloat16 --compile --reps 50
 
