@@ -143,7 +143,7 @@ class ByteText(nn.Module):
     def __init__(self, dim, depth, heads, length):
         super().__init__()
         self.length = length
-        self.embed = nn.Embedding.from_pretrained(torch.empty(259, dim), freeze=False)          # draws nothing, as init does
+        self.embed = nn.Embedding.from_pretrained(torch.empty(259, dim), freeze=False)          # nothing is drawn here: init does
         self.position = nn.Parameter(torch.empty(length, dim))
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(
             norm1=Norm(dim), attn=Attention(dim, heads), norm2=Norm(dim), ffn=SwiGLU(dim, 2 * dim)))

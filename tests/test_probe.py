@@ -42,7 +42,7 @@ def test_vbench_aggregate(row):
 
 @pytest.fixture(scope="module", params=[(8, 32), (16, 64)], ids=["8x32", "16x64"])
 def truth(request):
-    """The 128 held-out prompts' own clips (in the large size of the first half of each kind), with their exact flow in place of the generated: specs and rows."""
+    """The 128 held-out prompts' own clips (at the large size those of the first half of each kind), with their exact flow in place of the generated: specs and rows."""
     T, S = request.param
     prompts = [p for first in range(0, 128, 32) for p in data.PROMPTS[first:first + (32 if T == 8 else 16)]]
     assert {data.parse(p)["motion"] for p in prompts} == set(data.MOTIONS)
