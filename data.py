@@ -9,8 +9,9 @@ stands in for them: no download, infinite, exact. Its four kinds of motion bear 
     torchrun --nproc_per_node=2 data.py run=runs/mine data.root=videos      with run=: the latents of every clip, for a run whose TAE
                                     is trained, into <run>/latents, where train.py finds them; start it again if it was interrupted
 
-Letters: B clips, T frames, H height, W width, K objects. Pixel centres are whole numbers, x to the right, y down, so
-that a growing angle turns clockwise on the screen. Videos lie in [-1, 1], optical flow is in pixels per frame.
+Letters: B clips, b of them that are drawn together, T frames, H height, W width, A actors (objects whose motion is named).
+Pixel centres are whole numbers, x to the right, y down, so that a growing angle turns clockwise on the screen. Videos lie
+in [-1, 1], optical flow is in pixels per frame.
 """
 
 import csv
@@ -201,9 +202,9 @@ def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
         scale = (1 + pace) ** ((t if motion == "growing" else n - t) / n)
 
     # One shift for all actors: random where the picture leaves a choice, the middle where not, the floor for a bounce.
-    reach = np.array([[o["radius"]] for o in objects[:actors]]) * scale[:frames].max() * (1.25 if angle.any() else 1)     # (actors, 1)
+    reach = np.array([[o["radius"]] for o in objects[:actors]]) * scale[:frames].max() * (1.25 if angle.any() else 1)     # (A, 1)
     room = np.maximum(box - 2 * reach.max() - np.abs(camera) * n, 0.2 * side)
-    paths = np.array(_paths(motion, objects, t, n, room.tolist(), 5 / 64 * side, pace, rng)) + camera * t[:, None]    # (actors, T+1, 2)
+    paths = np.array(_paths(motion, objects, t, n, room.tolist(), 5 / 64 * side, pace, rng)) + camera * t[:, None]    # (A, T+1, 2)
     least, most = (paths[:, :frames].min(1) - reach).min(0), (paths[:, :frames].max(1) + reach).max(0)
     spare, share = box - (most - least), rng.random(2)
     if motion == "bouncing":

@@ -689,7 +689,7 @@ def is_shape_comment(comment):
 
 def match_shape(dims, value, letters, where):
     """Compare one tensor with one shape; letters that are new are bound."""
-    assert isinstance(value, torch.Tensor), f"{where}: a {type(value).__name__}, expected a tensor {dims}"
+    assert isinstance(value, (torch.Tensor, np.ndarray)), f"{where}: a {type(value).__name__}, expected a tensor or an array {dims}"
     assert len(dims) == value.ndim, f"{where}: found {tuple(value.shape)}, the comment says {dims}"
     for dim, size in zip(dims, value.shape):
         if re.fullmatch(r"[A-Za-z]'?", dim) and dim not in letters:
@@ -969,12 +969,11 @@ def test_shape_comments_of_optical_flow():
 
 
 def test_shape_comments_of_the_world():
-    """The same for the renderer of data.py: two panning clips of the same number of objects, so that every letter has one value."""
-    names = {n: f for n, f in shaped(data).items() if n in ("_draw", "_background")}
+    """The same for the specs and the renderer of data.py: three panning clips of the same number of objects, so that every letter has one value."""
+    names = {n: f for n, f in shaped(data).items() if n in ("complete", "_draw", "_background", "_add_noise")}
     words = data.parse("a red square orbiting a blue circle clockwise, camera panning left")
     rng = np.random.default_rng(0)
-    specs = [data.complete(words, 5, 20, 24, rng, texture=1.0) for _ in range(3)]
-    letters = dict(B=3, b=3, T=5, H=20, W=24)
+    letters = dict(B=3, b=3, T=5, H=20, W=24, A=2)
     watch = Watch({f: letters for f in names.values()})
-    watch.run(lambda: data.render(specs, 5, 20, 24))
+    watch.run(lambda: data.render([data.complete(words, 5, 20, 24, rng, texture=1.0) for _ in range(3)], 5, 20, 24))
     assert not watch.problems and not watch.left, "\n".join(watch.problems + [f"never reached: {w}: # {c}" for w, c in sorted(watch.left)])
