@@ -2,7 +2,7 @@
 
 VideoJAM was trained on O(100 M) captioned videos whose flow RAFT estimated (section 4, appendix C). `MovingShapes`
 stands in for them: no download, infinite, exact. Its four kinds of motion bear the names of VideoJAM-bench.
-`VideoFolder` reads your own clips, and has their flow estimated once.
+videos.py's `VideoFolder` reads your own clips, and has their flow estimated once.
 
     python data.py [key=value]      writes world.png: clips of every kind, a row of frames over a row of flow pictures (Eq. 5)
     python data.py data.root=videos flow.weights=raft_small.pth     the same of your own clips, folder.png
@@ -14,30 +14,23 @@ Pixel centres are whole numbers, x to the right, y down, so that a growing angle
 in [-1, 1], optical flow is in pixels per frame.
 """
 
-import csv
-import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
 import sys
-import warnings
 import zlib
-from contextlib import closing, suppress
 from pathlib import Path
 
 import imageio.v3 as iio
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
-from flow import estimate_flow, flow_to_rgb, load_raft
-from model import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_config, read_weights, save
+from common import build_tae, build_text, checksum, find_device, flatten, load_config, load_into, read_config, read_weights, save
+from flow import flow_to_rgb, load_raft
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary
@@ -409,209 +402,7 @@ class MovingShapes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading pictures back
-
-
-def _hues(video):
-    """The nearest palette index (T, H, W) of each pixel of (3, T, H, W), and its saturation: 0 where too grey."""
-    r, g, b = rgb = (video.float().clamp(-1, 1) + 1) / 2
-    top, chroma = rgb.amax(0), rgb.amax(0) - rgb.amin(0)
-    hue = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)
-    saturation = chroma / top.clamp(min=1e-6)  # the same in the light and the dark parts of a pattern
-    return (hue / (math.pi / 3)).round().long() % 6, saturation * ((chroma > 0.25) & (saturation > 0.4))
-
-
-def track(video, color):
-    """Where a colour is in (3, T, H, W): area (T,) as a share of the picture, centroid (T, 2) px, found (T,) bool.
-    A frame with less than 0.4 % of the colour is lost: its centroid is nan."""
-    nearest, saturation = _hues(video)
-    weight = saturation * (nearest == list(COLORS).index(color))                                     # (T, H, W)
-    area, total = (weight > 0).float().mean((1, 2)), weight.sum((1, 2))
-    x = (weight.sum(1) * torch.arange(weight.shape[2], device=weight.device)).sum(1) / total
-    y = (weight.sum(2) * torch.arange(weight.shape[1], device=weight.device)).sum(1) / total
-    found = area >= 0.004
-    return area, torch.stack([x, y], 1).masked_fill(~found[:, None], math.nan), found
-
-
-def dominant_color(video):
-    """The palette colour of most coloured pixels of (3, T, H, W); None where all is grey."""
-    nearest, saturation = _hues(video)
-    counts = torch.bincount(nearest[saturation > 0], minlength=6)
-    return list(COLORS)[counts.argmax()] if counts.any() else None
-
-
-def direction(centroid, found):
-    """The least-squares line through the found centroids: angle in degrees (0 right, 90 down), speed in px per frame.
-    Both are nan where fewer than 3 frames were found."""
-    if found.sum() < 3:
-        return math.nan, math.nan
-    t, path = found.nonzero()[:, 0].cpu(), centroid[found].cpu().double()                            # (n,), (n, 2)
-    u, v = np.polyfit(t, path - path[0], 1)[0]
-    return math.degrees(math.atan2(v, u)), math.hypot(u, v)
-
-
-def nearest_direction(angle):
-    """The name of the nearest of the eight DIRECTIONS to an angle in degrees; None for nan."""
-    return None if math.isnan(angle) else list(DIRECTIONS)[round(angle / 45) % 8]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Real videos. All decoding is ffmpeg's
-
-ENDINGS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
-KEPT_BYTES = 2 * 10**9                                             # decoded windows that stay in memory: small folders are read again and again
-# imageio_ffmpeg logs a line for each reader whose filters change the size of the picture; ours all do.
-logging.getLogger("imageio_ffmpeg").addFilter(lambda record: "frame size" not in record.msg)
-
-
-class VideoFolder:
-    """The videos of a folder at `fps`, cropped around the centre to height x width, cut into windows of `frames` frames, one after the other.
-    [i] -> dict: video (3, T, H, W) in [-1, 1], caption, name "file:first frame"; the same for the same i, always.
-    FileNotFoundError without a folder, ValueError for malformed captions or no usable video; single bad files are skipped with a warning."""
-
-    def __init__(self, root, frames, height, width, fps, flow_dir=None, raft=None):
-        self.root, self.frames, self.height, self.width, self.fps = Path(root), frames, height, width, fps
-        self.flow_dir, self.raft = flow_dir, raft
-        self.kept = {}
-        if not self.root.is_dir():
-            found = "a file" if self.root.exists() else "nothing"
-            raise FileNotFoundError(f"found {found} at {root}, expected a folder of videos: correct data.root")
-        names = sorted(p.name for p in self.root.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
-        if not names:
-            raise ValueError(f"found no video in {root}, expected files ending in {' '.join(ENDINGS)}: put some there")
-        self.captions = _read_captions(self.root, names)
-
-        # A header cannot be trusted with the number of frames (that of a file cut in the middle promises them all), so each is decoded once.
-        counts = thread_map(self._count, names, max_workers=4, desc="opening videos", disable=len(names) < 20)
-        count = dict(zip(names, counts))
-        _warn([n for n in names if count[n] < 0], "skipped, unreadable or shorter than the header says", "cut off, or longer sound: encode again")
-        _warn([n for n in names if 0 <= count[n] < frames], f"skipped, shorter than {frames} frames at {fps} fps", "lower `frames` or raise `fps`")
-        self.windows = [(n, start) for n in names for start in range(0, count[n] - frames + 1, frames)]
-        if not self.windows:
-            raise ValueError(f"found no usable one among {len(names)} videos in {root}, expected {frames} frames at {fps} fps: see the warnings")
-        # Stored flow goes by what is in the file and in the RAFT, not by dates: a copied folder keeps it, an edited clip loses it.
-        self.prints = {n: zlib.crc32(np.memmap(self.root / n, mode="r")) for n in dict(self.windows)}
-        self.raft_print = checksum(raft.state_dict())[:8] if raft else None
-
-    def __len__(self):
-        return len(self.windows)
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"found index {i}, expected 0 to {len(self) - 1}")
-        name, start = self.windows[i]
-        video = self._pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1            # (3, T, H, W)
-        return dict(video=video, caption=self.captions[name], name=f"{name}:{start}")
-
-    def prompts(self):
-        """The folder's own captions, each once, to look at."""
-        return sorted({self.captions[name] for name, _ in self.windows})
-
-    def batch(self, indices, device="cpu"):
-        """Windows by index -> dict: video (B, 3, T, H, W) in [-1, 1], flow (B, 2, T, H, W) in px per frame, caption: list of B strings.
-        RAFT (on `device`) sees a window once, flow_dir keeps its flow as float16 (steps of 1/256 px at 5 px). ValueError without either."""
-        items = thread_map(self.__getitem__, indices, max_workers=4, disable=True)      # threads suffice: the work is done by ffmpeg processes
-        video = torch.stack([item["video"] for item in items]).to(device)                                     # (B, 3, T, H, W)
-        d = torch.stack([self._flow(i, clip) for i, clip in zip(indices, video)]).to(device)                  # (B, 2, T, H, W) float16
-        return dict(video=video, flow=d.float(), caption=[item["caption"] for item in items])
-
-    def _decode(self, name, start=0, stop=None):
-        """Yields a file's header (a dict), then its frames start to stop, counted at self.fps, as H * W * 3 bytes each."""
-        # Frames are counted behind the fps filter: seeking (-ss) shifts its phase (seen on a gif). dar is the shape as shown, not as stored.
-        h, w, stop = self.height, self.width, "" if stop is None else f":end_frame={stop}"
-        cover = f"scale=w='max({w},ceil({h}*dar))':h='max({h},ceil({w}/dar))',format=rgb24,crop={w}:{h}"
-        # Of several video streams ffmpeg takes the default, then the largest. Without passthrough it adds copies to a picture that starts after
-        # its sound, to each window anew. This is the reader underneath imageio's FFMPEG plugin, because the plugin refuses .gif by its name.
-        return imageio_ffmpeg.read_frames(str(self.root / name), input_params=["-threads", "1"], output_params=[
-            "-fps_mode", "passthrough", "-vf", f"fps={self.fps},trim=start_frame={start}{stop},{cover}"])
-
-    def _count(self, name):
-        """Number of frames that a file decodes to at self.fps; -1 if it is broken."""
-        try:
-            with closing(self._decode(name)) as stream:
-                seconds, n = next(stream)["duration"], sum(1 for _ in stream)
-        except (OSError, RuntimeError):                            # nothing that ffmpeg can read; ffmpeg died in the middle of a frame
-            return -1
-        # Half a second for sound that ends later, one frame for rounding. A header without duration says 0.
-        return n if n and seconds - n / self.fps <= 0.5 + 1 / self.fps else -1
-
-    def _pixels(self, i):
-        """Window i as (T, H, W, 3) uint8."""
-        if i in self.kept:
-            return self.kept[i]
-        name, start = self.windows[i]
-        with closing(self._decode(name, start, start + self.frames)) as stream:
-            data = bytearray().join([frame for frame in stream][1:])
-        if len(data) != self.frames * self.height * self.width * 3:
-            raise RuntimeError(f"found {name} shorter than when {self.root} was opened, expected it unchanged: start again")
-        window = torch.frombuffer(data, dtype=torch.uint8).view(self.frames, self.height, self.width, 3)
-        if (len(self.kept) + 1) * len(data) <= KEPT_BYTES:         # the first ones: in a shuffled order the least recently used is the wrong one to drop
-            self.kept[i] = window
-        return window
-
-    def _flow(self, i, video):
-        """Optical flow (2, T, H, W) of window i, video (3, T, H, W), as float16: read where it is stored, else estimated and stored."""
-        name, start = self.windows[i]
-        if self.raft is None or self.flow_dir is None:
-            raise ValueError(f"found no RAFT, or no flow_dir, for the flow of {name}:{start} in {self.root}, expected both: set flow.weights to a "
-                             "RAFT file, or let train.py fetch torchvision's")
-        window = f"{name}-{start}-{self.height}x{self.width}x{self.frames}-{self.fps:g}fps"
-        path = Path(self.flow_dir, f"{window}-{self.prints[name]:08x}-{self.raft_print}.npy")
-        with suppress(OSError, ValueError, EOFError):              # not there, or torn by a full disk or half a copy
-            d = torch.from_numpy(np.load(path))
-            if d.shape == (2, *video.shape[1:]) and d.dtype == torch.float16:
-                return d
-        d = estimate_flow(video[None], self.raft)[0].half().cpu()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.{os.environ.get('RANK', 0)}-{os.getpid()}.tmp", "wb") as file:
-            np.save(file, d.numpy())
-        os.replace(file.name, path)                                # whole or not at all, whatever kills this run or another rank
-        return d
-
-
-def _read_captions(root, names):
-    """Caption of each file: that of metadata.jsonl or metadata.csv (file_name, text), else a .txt beside it, else the empty one."""
-    captions, table = {}, next((root / t for t in ("metadata.jsonl", "metadata.csv") if (root / t).is_file()), None)
-    for line, row in _rows(table) if table else ():
-        # None is where csv puts what stands behind the last column: a caption with a comma and without quotes.
-        if not isinstance(row, dict) or None in row or not all(isinstance(row.get(k), str) for k in ("file_name", "text")):
-            raise ValueError(f"found {row!r} in line {line} of {table}, expected a file_name and a text: correct that line")
-        captions[row["file_name"]] = row["text"].strip()
-    _warn(sorted(captions.keys() - set(names)), f"named in {table} but not there", "correct file_name")
-    for n in names:
-        captions[n] = captions.get(n) or _text((root / n).with_suffix(".txt")).strip()
-    _warn([n for n in names if not captions[n]], "without a caption", "used with the empty one")
-    return captions
-
-
-def _rows(table):
-    """Yields (line number, row) of a .csv or a .jsonl; a line that is no JSON comes as the text it is."""
-    lines = io.StringIO(_text(table))                              # not splitlines: a caption may hold other separators
-    if table.suffix == ".csv":
-        reader = csv.DictReader(lines)
-        yield from ((reader.line_num, row) for row in reader)
-        return
-    for line, row in enumerate(lines, 1):
-        if row.strip():
-            with suppress(json.JSONDecodeError):
-                row = json.loads(row)
-            yield line, row
-
-
-def _text(path):
-    """The text of a caption file, "" where there is none; ValueError where it is not UTF-8."""
-    try:
-        return path.read_text("utf-8-sig") if path.is_file() else ""           # -sig: spreadsheets put a mark in front
-    except UnicodeDecodeError as error:
-        raise ValueError(f"found bytes in {path} that are not UTF-8 ({error}), expected UTF-8: save it as that") from None
-
-
-def _warn(names, problem, advice):
-    """One warning for all the files that share a problem."""
-    if names:
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        warnings.warn(f"{len(names)} file(s) {problem}: {', '.join(names[:20])}{more} ({advice})", stacklevel=3)
-
+# The config's clips
 
 def open_data(config, split="train", device="cpu"):
     """The config's data set: the embedded world's split, or the folder data.root, whose flow is kept in <run>/flow."""
@@ -620,6 +411,7 @@ def open_data(config, split="train", device="cpu"):
         return MovingShapes(*size, config["seed"], split, world["texture"], world["size"], world["basic"])
     if not Path(config["data"]["root"]).is_dir():  # before RAFT is fetched
         raise FileNotFoundError(f"found nothing at {config['data']['root']}, expected a folder of videos: correct data.root")
+    from videos import VideoFolder
     raft = load_raft(None if config["flow"]["weights"] else "large", config["flow"]["weights"] or None).to(device)
     return VideoFolder(config["data"]["root"], *size, config["fps"], Path(config["run"], "flow"), raft)
 

@@ -1,27 +1,22 @@
-"""The networks of VideoJAM and the config that sizes them (paper sec. 4.1, 4.2, App. C; blocks as in Movie Gen).
+"""The networks of VideoJAM (paper sec. 4.1, 4.2, App. C; blocks as in Movie Gen).
 
     TAE       video <-> latent, 8x8x8 smaller (4x4x4 in `tiny`); the same net encodes appearance and painted optical flow
     ByteText  prompt -> features; bytes, trained together with the DiT. "No text" is the empty string.
     DiT       Eq. 4: u = M(x_t W_in, y, t) W_out; `add_motion()` is the surgery of sec. 4.2
 
-Nothing runs here: the classes take plain arguments, the builders at the end alone know the config. Try
-    python -c "import model; c = model.load_config(['preset=small']); print(model.build_dit(c))"
+Nothing runs here: the classes take plain arguments, common.py's builders alone know the config. Try
+    python -c "import common; c = common.load_config(['preset=small']); print(common.build_dit(c))"
 
 Letters: B batch, C latent channels, T H W latent frames, height, width (of pixels inside the TAE), p patch, N tokens,
 D width of the net, L text tokens, t flow-matching time in [0, 1] (0 noise, 1 data).
 """
-import difflib
 import functools
 import hashlib
-import json
 import math
-import os
-import pathlib
 import warnings
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -503,215 +498,3 @@ class TAE(nn.Module):
             blend = torch.lerp(video[:, :, -overlap:], new[:, :, :overlap], weight)
             video = torch.cat([video[:, :, :-overlap], blend, new[:, :, overlap:]], dim=2)
         return video[:, :, :frames]                                             # the tail that rounding up added goes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights on disk: one plain file per finished stage, <run>/<stage>.pt. And where nets run.
-
-def checksum(weights):
-    """sha256 over names and bytes of a flat dict of tensors: a flipped bit would otherwise load without a word."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def read_weights(path):
-    """A finished stage's file -> its dict; raises FileNotFoundError or ValueError, one line, where it is missing or damaged."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: train the {path.stem} first: python train.py run={path.parent} stages={path.stem}, with the run's own key=value")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)                 # read as it is used: 30B is 117 GB
-    except Exception as error:                                                  # torch raises half a dozen types here
-        raise ValueError(f"{path} is no readable weights file ({type(error).__name__}); delete it and train the {path.stem} again") from error
-    if not isinstance(saved, dict) or not {"weights", "checksum", "step"} <= saved.keys():
-        raise ValueError(f"{path} is no weights file of train.py; delete it and train the {path.stem} again")
-    if checksum(saved["weights"]) != saved["checksum"]:
-        raise ValueError(f"{path} is damaged: its checksum does not match; delete it and train the {path.stem} again")
-    return saved
-
-
-def save(path, content):
-    """Write beside, then rename: whole or not at all. OSError, one line, where it cannot be written."""
-    try:
-        torch.save(content, f"{path}.tmp")
-    except (OSError, RuntimeError) as error:                                    # torch's writer raises the latter
-        pathlib.Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full?") from None
-    os.replace(f"{path}.tmp", path)
-
-
-def load_into(net, weights, path, new=()):
-    """Fill a net, sharded or not; the names in `new` keep what they are. ValueError names the first tensor that is missing, left over or of another shape."""
-    own = {name: w for name, w in net.state_dict().items() if name not in new}
-    for name in [*own, *weights]:
-        found, expected = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
-        if found != expected:
-            raise ValueError(f"{path}: {name}: found {found}, expected {expected}; the file was made with another config or version")
-    for name, w in own.items():
-        put_whole(w, weights[name])
-    return net
-
-
-def find_device(wish=""):
-    """The wish, or cuda, else mps, else cpu."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wish or found)
-    except RuntimeError:
-        raise ValueError(f"device={wish}: unknown, expected cuda, mps or cpu") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
-    if not there() or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={wish}: this machine or this torch {torch.__version__} has none; leave it empty to take {found}")
-    return device
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: config.yaml holds every key once with its default (the `tiny` preset), then what the other presets change.
-
-def flatten(tree, prefix=""):
-    """A nested dict -> {dotted key: value}."""
-    flat = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
-def put(config, key, value, origin):
-    """Set a dotted key that must exist, to a value of its default's type; raises ValueError naming the nearest key."""
-    known = flatten(config)
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        raise ValueError(f"{origin}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "; config.yaml lists them all"))
-    kind = type(known[key])
-    try:                                                                        # YAML reads 1e-4 as a string, 3 as an int
-        right = kind(value) if kind is float and not isinstance(value, bool) else str(value) if kind is str and value is not None else value
-    except (TypeError, ValueError):
-        right = value
-    if type(right) is not kind:
-        raise ValueError(f"{origin}: {key}={value!r} is a {type(value).__name__}, expected a {kind.__name__} like {known[key]!r}")
-    *path, leaf = key.split(".")
-    for part in path:
-        config = config[part]
-    config[leaf] = right
-
-
-def load_config(overrides=()):
-    """["preset=4b", "dit.depth=3"] -> the resolved, checked config as a nested dict; raises ValueError in one clear line."""
-    path = pathlib.Path(__file__).with_name("config.yaml")
-    document = yaml.safe_load(path.read_text())
-    config, presets = document["default"], document["presets"]
-    pairs = []
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is no key=value pair; example: preset=small dit.depth=8")
-        try:
-            pairs.append((key.strip(), yaml.safe_load(value) if value.strip() else ""))
-        except yaml.YAMLError:
-            raise ValueError(f"command line: {text!r} is no value that YAML reads; quote it") from None
-    preset = str(dict(pairs).get("preset", config["preset"]))
-    if preset not in presets:
-        raise ValueError(f"preset={preset}: unknown, expected one of {', '.join(presets)}")
-    for key, value in flatten(presets[preset] or {}).items():
-        put(config, key, value, f"config.yaml, preset {preset}")
-    for key, value in pairs:
-        put(config, key, value, "command line")
-    config["run"] = config["run"] or f"runs/{preset}"
-    check(config)
-    return config
-
-
-def read_config(path):
-    """A run folder's config.json as a nested dict; a key that came after the run was made has its preset's value, one that is gone is left out."""
-    stored = json.loads(pathlib.Path(path).read_text())
-    config = load_config([f"preset={stored['preset']}"])
-    for key, value in flatten(stored).items():
-        if key in flatten(config):
-            put(config, key, value, str(path))
-    return config
-
-
-def check(config):
-    """Raise ValueError, one line, where numbers of the config do not fit together."""
-    def need(ok, message):
-        if not ok:
-            raise ValueError(f"config: {message}")
-    tae, dit = config["tae"], config["dit"]
-    for key, value in flatten(config).items():
-        need(not isinstance(value, float) or math.isfinite(value), f"{key}={value} is no finite number")
-        need(key == "t_mean" or not (isinstance(value, (int, float)) and value < 0), f"{key}={value} is negative")
-    for key in ("frames", "height", "width", "fps", "batch", "tae.batch", "tae.channels", "dit.dim", "dit.depth", "dit.heads", "dit.patch", "text.heads", "text.length", "tae.spatial",
-                "tae.temporal", "tae.tile", "log_every", "save_every", "keep_states", "gpus"):
-        need(flatten(config)[key] >= 1, f"{key}={flatten(config)[key]}, expected at least 1")
-    for key in ("drop_text", "drop_motion", "ema", "cooldown", "world.basic", "world.texture"):
-        need(flatten(config)[key] <= 1, f"{key}={flatten(config)[key]}, expected at most 1")
-    steps, emulated = config["sample"]["steps"], config["sample"]["emulated"]
-    need(2 <= steps <= emulated, f"sample.steps={steps}, sample.emulated={emulated}, expected 2 <= steps <= emulated")
-    need(config["flow"]["sigma"] > 0, f"flow.sigma={config['flow']['sigma']}, expected more than 0")
-    need(0.3 <= config["world"]["size"] <= 1.5, f"world.size={config['world']['size']}, expected 0.3 to 1.5")
-    need(config["seed"] < 2 ** 31, f"seed={config['seed']}, expected less than 2**31")
-    need(config["stages"].strip(" ,"), f"stages={config['stages']!r}, expected some of tae, base, control, videojam")
-    need(all(type(n) is int and n >= 0 for n in tae["widths"] + tae["blocks"]) and all(tae["widths"]), f"tae.widths={tae['widths']}, tae.blocks={tae['blocks']}, expected whole numbers")
-    cell = tae["spatial"] * dit["patch"]
-    for key in ("height", "width"):
-        need(config[key] % cell == 0, f"{key}={config[key]} does not divide by tae.spatial x dit.patch = {tae['spatial']} x {dit['patch']} = {cell}")
-    need(dit["dim"] % dit["heads"] == 0, f"dit.dim={dit['dim']} does not divide by dit.heads={dit['heads']}")
-    need(config["text"]["dim"] % config["text"]["heads"] == 0, f"text.dim={config['text']['dim']} does not divide by text.heads={config['text']['heads']}")
-    need(tae["tile"] % (2 * tae["temporal"]) == 0, f"tae.tile={tae['tile']} does not divide by 2 x tae.temporal = {2 * tae['temporal']}")
-    need(len(tae["blocks"]) == len(tae["widths"]) - 1, f"tae.blocks={tae['blocks']}, expected one number fewer than tae.widths={tae['widths']}")
-    with torch.device("meta"):                                                  # its constructor knows what fits together
-        build_tae(config)
-    need(tae["batch"] % 2 == 0, f"tae.batch={tae['batch']} is odd, expected half appearance and half motion")
-    for key, words in (("precision", ("auto", "bf16", "fp32")), ("guide_motion", ("text", "literal")), ("checkpointing", ("none", "attention", "full")),
-                       ("compile", ("auto", "always", "never"))):
-        need(config[key] in words, f"{key}={config[key]}, expected {', '.join(words[:-1])} or {words[-1]}")
-
-
-def latent_size(config):
-    """(C, T', H', W') of one stream's latents."""
-    tae = config["tae"]
-    return tae["channels"], math.ceil(config["frames"] / tae["temporal"]), config["height"] // tae["spatial"], config["width"] // tae["spatial"]
-
-
-def build_tae(config):
-    keys = ("channels", "widths", "blocks", "spatial", "temporal", "tile")
-    return TAE(**{key: config["tae"][key] for key in keys})
-
-
-def build_text(config):
-    text = config["text"]
-    if text["frozen"]:
-        return RandomText(text["frozen"], text["length"])
-    return ByteText(text["dim"], text["depth"], text["heads"], text["length"])
-
-
-def build_dit(config, motion=False):
-    dit, text = config["dit"], config["text"]
-    hidden = dit["hidden"] or 64 * round(dit["dim"] * 8 / 3 / 64)                # SwiGLU's 8/3 d
-    return DiT(*latent_size(config), dit["dim"], dit["depth"], dit["heads"], hidden, text["frozen"] or [text["dim"]], dit["patch"], motion, config["checkpointing"])
-
-
-def flops(config, motion=False, length=None, texts=1.0):
-    """FLOPs of one forward pass of the DiT for one clip, and of the text encoder for `texts` of them; training takes three times as many.
-
-    length: tokens of the text, text.length if not given.
-
-    A multiply-add counts two, attention whole, softmax, norms and gates not at all. With N video and L text tokens, D the width and h SwiGLU's, a block
-    has 2N (6 D² + 3 D h) in its products with video tokens, 2L 2 D² with text tokens, and 4 N (N + L) D in its two attentions.
-    """
-    length = length or config["text"]["length"]
-    with torch.device("meta"):
-        dit = build_dit(config, motion)
-    C, T, H, W = latent_size(config)
-    p, D, h, depth = dit.patch, config["dit"]["dim"], dit.blocks[0].ffn.down.in_features, len(dit.blocks)
-    N, L = T * H * W // p ** 2, length * len(dit.text_in)
-    blocks = depth * (2 * N * (6 * D * D + 3 * D * h) + 2 * L * 2 * D * D + 4 * N * (N + L) * D)
-    patches = 2 * N * D * 2 * C * p ** 2 * (2 if motion else 1)                 # W_in and W_out
-    around = 2 * sum(lin.in_features * D for lin in dit.text_in) * length + 2 * (256 * D + D * D + 6 * D * D)
-    own, d = 0, config["text"]["dim"]
-    if not config["text"]["frozen"]:
-        own = config["text"]["depth"] * (2 * L * (4 * d * d + 6 * d * d) + 4 * L * L * d)
-    return blocks + patches + around + texts * own

@@ -1,4 +1,4 @@
-"""The paper's experiments on a world whose motion is known exactly: Fig. 3, Fig. 8, Tabs. 1 and 3, and the metrics they need.
+"""The paper's experiments on a world whose motion is known exactly: Fig. 3, Fig. 8, Tabs. 1 and 3, and the report.
 
     python probe.py permute                                  # Fig. 3: does the loss notice that frames were shuffled?
     python probe.py sdedit                                   # Fig. 8: by which step are motion and appearance settled?
@@ -7,12 +7,11 @@
     torchrun --nproc_per_node=2 -- probe.py ablate --run runs/hour      # without the -- torchrun takes --run for its own
 
 Results go to <run>/probe as CSV and PNG. Letters: T frames, H height, W width, z = [x, d] appearance and motion latents, t flow-matching
-time (0 noise, 1 data), k a step of the sampler's schedule; a law is a family of paths (line, circle, parabola ...), n its frames less one.
+time (0 noise, 1 data), k a step of the sampler's schedule.
 """
 import argparse
 import csv
 import ctypes
-import functools
 import json
 import math
 import os
@@ -26,323 +25,26 @@ import types
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import data
 import flow
+import metrics
 import model as nets
 import sample
 import train
 
-NOISE = types.SimpleNamespace(place=0.06, size=0.04, turn=0.06)                 # of a measurement: px, log radius, radians per frame
 AT_ONCE = 32                                                                    # clips in a batch
-SPAN = 1.1                                                                      # half-width of a shape's template, in square roots of its area
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VBench's aggregation, as the paper's tables use it.
-
-RANGES = dict(aesthetic=(0, 100), imaging=(0, 100), subject=(14.62, 100), background=(26.15, 100), smoothness=(70.6, 99.75), dynamic=(0, 100))
-
-
-# Tabs. 4, 5, 7 -> Tabs. 1, 2, 6
-def vbench_aggregate(**scores):
-    """VBench's six scores in percent (aesthetic, imaging, subject, background, smoothness, dynamic) -> (appearance, motion) in percent."""
-    s = {name: (scores[name] - low) / (high - low) for name, (low, high) in RANGES.items()}
-    return 25 * (s["aesthetic"] + s["imaging"] + s["subject"] + s["background"]), 100 * (s["smoothness"] + 0.5 * s["dynamic"]) / 1.5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeing one object: where, how large, how turned, in which shape.
-
-def widest(x):
-    """Maximum of each pixel and its eight neighbours, (..., H, W): max_pool2d(x, 3, 1, 1), ten times as fast on CPUs."""
-    x = F.pad(x, (1, 1, 1, 1), value=-math.inf)
-    x = torch.maximum(torch.maximum(x[..., :-2], x[..., 1:-1]), x[..., 2:])
-    return torch.maximum(torch.maximum(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])
-
-
-def see(video, color):
-    """One colour in (3, T, H, W): mask (T, H, W), area (T,) px, centroid (T, 2) px, found (T,), value (T, H, W) its brightness."""
-    nearest, saturation = data._hues(video)
-    same = nearest == list(data.COLORS).index(color)
-    mask = saturation * same
-    area, _, found = data.track(video, color)
-    rgb = (video.clamp(-1, 1) + 1) / 2
-    value = rgb.amax(0)
-    # The centroid to a tenth of a pixel needs the half-covered rim, which the mask leaves out: its saturation says how far it is covered.
-    soft = (value - rgb.amin(0)) / value.clamp(min=1e-6) * same * widest((mask > 0).float())
-    ys, xs = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[2])
-    centroid = torch.stack([(soft * xs).sum((1, 2)), (soft * ys).sum((1, 2))], 1) / soft.sum((1, 2))[:, None]
-    centroid[~found] = math.nan
-    return types.SimpleNamespace(mask=mask, area=area * mask[0].numel(), centroid=centroid, found=found, value=value)
-
-
-def look(images, x, y):
-    """Images (n, C, H, W) read between their pixels, at x, y (n, ...) px: (n, C, ...)."""
-    H, W = images.shape[-2:]
-    at = torch.stack([2 * x / (W - 1) - 1, 2 * y / (H - 1) - 1], dim=-1).float()
-    return F.grid_sample(images, at, align_corners=True)
-
-
-def crop(images, centre, side, angles, points=25):
-    """(n, H, W) on squares of half-width `side` (n,) px around `centre` (n, 2), turned by each of `angles` (n, K): (n, K, points, points)."""
-    r = torch.linspace(-1, 1, points)
-    y, x = torch.meshgrid(r, r, indexing="ij")                                  # (points, points)
-    x, y = data._rotate(x, y, angles[:, :, None, None])                         # (n, K, points, points)
-    u, v, side = (w.view(-1, 1, 1, 1) for w in (*centre.unbind(1), side))
-    return look(images[:, None], (u + side * x).flatten(1, 2), (v + side * y).flatten(1, 2))[:, 0].unflatten(1, (-1, points))
-
-
-def turns(seen, limit=40, count=81):
-    """How far the texture turns from each frame to the next, in radians (T-1,): the best of `count` rotations up to `limit` degrees."""
-    mask = (seen.mask > 0).float()
-    mean = (seen.value * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True).clamp(min=1)
-    texture = F.avg_pool2d((((seen.value - mean) * mask)[None]), 3, 1, padding=1)[0]           # no step at the outline, no grid in the pixels
-    centre, T = seen.centroid.nan_to_num(), len(mask)
-    side = (1.3 * (mask.sum((1, 2)).max() / math.pi).sqrt() + 1).expand(T - 1)
-    angles = torch.linspace(-math.radians(limit), math.radians(limit), count)
-    before = crop(texture[:-1], centre[:-1], side, torch.zeros(T - 1, 1))
-    error = (crop(texture[1:], centre[1:], side, angles.expand(T - 1, -1)) - before).square().sum((2, 3))           # (T-1, count)
-    k, i = error.argmin(1).clamp(1, count - 2), torch.arange(T - 1)
-    left, mid, right = error[i, k - 1], error[i, k], error[i, k + 1]            # the vertex of the parabola through three
-    return angles[k] + (angles[1] - angles[0]) * (0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)).clamp(-0.5, 0.5)
-
-
-@functools.cache
-def templates():
-    """The world's shapes at 24 angles each, with unit area and centred on their centroid: (shapes, 24, points, points)."""
-    r = torch.linspace(-1.5, 1.5, 301)
-    y, x = torch.meshgrid(r, r, indexing="ij")
-    rows, angles = [], torch.arange(24) * (2 * math.pi / 24)
-    for name in data.SHAPES:
-        inside = (data.SDF[name](x, y) < 0).float()
-        area = inside.sum() * 0.01 ** 2
-        centre = torch.stack([(inside * x).sum(), (inside * y).sum()]) / inside.sum() / 0.01 + 150
-        rows.append(crop(inside[None], centre[None], SPAN * area.sqrt()[None] / 0.01, angles[None])[0])
-    return torch.stack(rows)
-
-
-def shape_of(seen):
-    """The shape whose turned template overlaps the object best, averaged over the frames in which it was found."""
-    mask = (seen.mask[seen.found] > 0).float()
-    seen_as = crop(mask, seen.centroid[seen.found], SPAN * mask.sum((1, 2)).sqrt(), torch.zeros(len(mask), 1))[:, 0]       # (n, P, P)
-    a, b = seen_as[:, None, None], templates()[None]                            # (n, 1, 1, P, P), (1, shapes, 24, P, P)
-    overlap = torch.minimum(a, b).sum((3, 4)) / torch.maximum(a, b).sum((3, 4))
-    return data.SHAPES[overlap.amax(2).mean(0).argmax()]
-
-
-def parts(mask, least=3):
-    """The mean number of connected pieces of at least `least` pixels per frame of a mask (T, H, W): labels spread until they rest."""
-    on = mask > 0
-    label, before = torch.arange(1, on.numel() + 1.0).view(on.shape) * on, None
-    while before is None or (label != before).any():
-        label, before = widest(label) * on, label
-    return sum((torch.unique(frame[frame > 0], return_counts=True)[1] >= least).sum().item() for frame in label) / len(on)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Naming a motion: least squares of the tracks to every law, the best by Bayes' information criterion.
-
-@functools.cache
-def laws(T, pair, slow):
-    """name -> (its designs (L, T, P, k), the parameters beside the k linear ones, does a fit (k,) deserve the name?).
-
-    P = 2 numbers per frame, x and y, or 4 for a pair; `slow` px per frame is hardly a motion.
-    """
-    t, n, P, table = torch.arange(T, dtype=torch.float64), max(T - 1, 1), 4 if pair else 2, {}
-
-    def only(i, f):                                                             # f(t) in number i, 0 in the others
-        column = torch.zeros(T, P, dtype=torch.float64)
-        column[:, i] = f
-        return column                                                           # (T, P)
-
-    def add(name, *columns, movers=1, extra=0, allowed=lambda p: True):
-        place = [only(i, 1) for i in range(P)]                                  # where the movers start, how they move, where the other one rests
-        design = torch.stack([*place[:2 * movers], *columns, *place[2 * movers:]], dim=2)      # (T, P, k)
-        table.setdefault(name, ([], extra, allowed))[0].append(design)
-
-    add("still")
-    add("line", only(0, t), only(1, t))
-    for sweep in np.linspace(0.8, 6.6, 30):                                     # radians in all
-        for sign, turn in zip((1, -1), data.TURNS):
-            cos, sin = (sweep / n * t).cos(), sign * (sweep / n * t).sin()
-            add(f"orbiting {turn}", only(0, cos) + only(1, sin), only(0, -sin) + only(1, cos), extra=1)
-    if pair:
-        add("crossing", *(only(i, t) for i in range(4)), movers=2, allowed=lambda p: min(p[4:6].norm(), p[6:8].norm()) > slow)
-        for i in (0, 1):
-            for hit in np.linspace(0.35, 0.65, 13) * n:                         # equal masses: they exchange their velocities
-                before, after = (t - hit).clamp(max=0), (t - hit).clamp(min=0)
-                add("colliding", only(i, before) + only(i + 2, after), only(i, after) + only(i + 2, before), movers=2, extra=2)
-    else:
-        add("falling", only(1, t ** 2), allowed=lambda p: p[2] > 0)
-        up_first = lambda p: p[4] > 0 and -p[3] / (2 * p[4]) > 0.15             # the apex lies within the clip
-        add("thrown", only(0, t), only(1, t), only(1, t ** 2), allowed=up_first)
-        wave = (2 * (t / n * 2 % 1) - 1).abs()
-        add("zigzag", only(0, t), only(1, t), only(0, wave), only(1, wave))
-        for hit in np.linspace(0.22, 0.38, 9) * n:                              # the frame of the first bounce; heights in units of the drop
-            arcs, start, v = [], -hit, 2 / hit
-            for _ in range(10):
-                arcs.append(v * (t - start) - ((t - start) / hit) ** 2)
-                start, v = start + v * hit ** 2, data.RESTITUTION * v
-            add("bouncing", only(0, t), only(1, -torch.stack(arcs).amax(0)), extra=1, allowed=lambda p: p[3] > 0)
-    return {name: (torch.stack(designs), extra, allowed) for name, (designs, extra, allowed) in table.items()}
-
-
-def solve(design, target, weight):
-    """Weighted least squares of (..., N, k) to (N,): parameters (..., k) and the weighted sum of squares (...)."""
-    w = weight.sqrt()
-    p = torch.linalg.pinv(design * w[:, None], rtol=1e-10) @ (target * w)       # lstsq goes astray where a lost partner takes rank away
-    return p, ((design @ p[..., None])[..., 0] - target).square().mul(weight).sum(-1)
-
-
-def name_motion(objects, turn, slow):
-    """The named object (and its partner) as `see` returns them, turn (T-1,) -> (motion or "line", {law: rms residual in px}, spin per frame).
-
-    Three measurements per frame, each over its noise: place, log radius, turn; the last two rest but for their own motions. With a partner the
-    laws are those of a pair, a line and standing still; without, all others.
-    """
-    T, pair = len(objects[0].area), len(objects) > 1
-
-    def weigh(o):                                                               # one of a pair that is half hidden counts little
-        whole = 0.85 * o.area[o.found].quantile(0.9) if pair and o.found.any() else 0
-        return o.found.double() * torch.where(o.area < whole, 0.02, 1.0)        # (T,)
-
-    place = torch.cat([o.centroid for o in objects], 1).double().nan_to_num().flatten() / NOISE.place           # (T P,)
-    weights = torch.stack([weigh(o) for o in objects], 1).repeat_interleave(2, 1).flatten()                     # (T P,)
-    size, turn, own = 0.5 * objects[0].area.double().clamp(min=1e-3).log() / NOISE.size, turn.double() / NOISE.turn, weigh(objects[0])
-    both, one, time = torch.minimum(own[1:], own[:-1]), torch.ones(T, 1, dtype=torch.float64), torch.arange(T, dtype=torch.float64)
-    (_, steady), (growth, grows) = solve(one, size, own), solve(torch.cat([one, time[:, None]], 1), size, own)
-    rests, (spin, spins) = turn.square().mul(both).sum(), solve(one[1:], turn, both)
-    spinning, growing = f"spinning {data.TURNS[int(spin[0] < 0)]}", "growing" if growth[1] > 0 else "shrinking"
-    found, residual = [], {}                                                    # (name, sum of squares, parameters); law -> px
-    rms = lambda rss: NOISE.place * (rss / weights.sum().clamp(min=1)).sqrt().item()
-
-    for name, (designs, extra, allowed) in laws(T, pair, slow).items():
-        p, rss = solve(designs.flatten(1, 2), place, weights)                   # (L, k), (L,)
-        k, residual[name] = designs.shape[-1] + extra, rms(rss.min())
-        if pair or "orbit" not in name:
-            found += [(name, rss[i] + steady + rests, k) for i in rss.argsort()[:5] if allowed(p[i] * NOISE.place)][:1]
-        if not pair and name in ("still", spinning.replace("spinning", "orbiting")):            # a turning triangle's centroid goes round
-            found.append((spinning, rss.min() + steady + spins, k + 1))
-        if not pair and name == "still":
-            found.append((growing, rss.min() + grows + rests, k + 1))
-            radius = (size * NOISE.size).exp()                                  # a triangle's centroid lies below its middle: it moves with the size
-            column = torch.stack([torch.zeros_like(radius), radius], 1)         # (T, P)
-            _, rss = solve(torch.cat([designs[0], column[..., None]], 2).flatten(0, 1), place, weights)
-            found.append((growing, rss + grows + rests, k + 2))
-            residual["growing"] = residual["shrinking"] = rms(rss)
-    for way in data.TURNS:
-        residual[f"spinning {way}"] = min(residual["still"], residual[f"orbiting {way}"])
-    N = 2 * T * len(objects) + 2 * T - 1                                        # measurements
-    criterion = lambda law: N * (1 + law[1] / N).log() + law[2] * math.log(N)
-    return min(found, key=criterion)[0], residual, (spin[0] * NOISE.turn).item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All metrics of one clip.
-
-def tracked_flow(seen, turn, step=1):
-    """The object's pixels carried along by its measured motion over `step` frames, 0 elsewhere: (2, T-step, H, W) px."""
-    H, W = seen.mask.shape[1:]
-    column = lambda x: x.view(-1, 1, 1)                                         # (T-step,) -> (T-step, 1, 1)
-    c, c2 = seen.centroid[:-step].nan_to_num(), seen.centroid[step:].nan_to_num()
-    grow = column((seen.area[step:] / seen.area[:-step].clamp(min=1)).sqrt())
-    angle = column(F.avg_pool1d(turn[None], step, 1)[0]) * step                 # the turns of these frames, added
-    dx, dy = torch.arange(W) - column(c[:, 0]), torch.arange(H)[:, None] - column(c[:, 1])      # (T-step, H|1, W|1)
-    x, y = data._rotate(dx, dy, angle)                                          # (T-step, H, W)
-    d = torch.stack([grow * x - dx + column((c2 - c)[:, 0]), grow * y - dy + column((c2 - c)[:, 1])])
-    return d * ((seen.mask[:-step] > 0) & column(seen.found[:-step] & seen.found[step:]))
-
-
-def dynamic(seen, turn, fps):
-    """VBench's dynamic degree: are at least 4 n / 16 of the n looks at the clip moving, by the top 5 % of their pixels?"""
-    step = min(max(1, round(fps / 8)), len(seen.area) - 1)
-    d = tracked_flow(seen, turn, step)[:, ::step].norm(dim=0).flatten(1)                       # (n, H W)
-    top = d.topk(max(1, int(0.05 * d.shape[1])), dim=1).values.mean(1)
-    return float((top > 6 * min(seen.mask.shape[1:]) / 256).sum() >= round(4 * len(d) / 16))
-
-
-@functools.cache
-def speeds(motion, word, frames, height, width, size):
-    """The slowest and the fastest line that the world shows under these words, in px per frame, over 200 draws."""
-    words = dict(kind="basic", motion=motion, speed=word, objects=[dict(color="red", shape="circle")])
-    poses = [data.complete(words, frames, height, width, np.random.default_rng(i), size=size)["objects"][0]["pose"] for i in range(200)]
-    steps = [math.dist(pose[0][:2], pose[1][:2]) for pose in poses]
-    return min(steps), max(steps)
-
-
-def read_clip(video, words, motion=None, fps=8, size=1.0):
-    """Every metric of one clip (3, T, H, W) against the words of its prompt; motion: the flow that was generated with it, (2, T, H, W) px.
-
-    nan: does not apply (direction of a spin), or cannot be known because the named object is lost. A lost object is never right.
-    """
-    nan, named, asked = math.nan, words["objects"][0], words["motion"]
-    row = dict(found=nan, colour=0.0, shape=0.0, motion=0.0, direction=0.0 if asked in data.DIRECTIONS else nan, direction_error=nan, speed=nan,
-               speed_error=nan, spin=nan, jerk=nan, area_variation=nan, parts=nan, dynamic=0.0, warp=nan, agreement=nan, area=nan, read_as="lost")
-    objects = [see(video, o["color"]) for o in words["objects"][:1 + (asked in data.PAIRED)]]
-    seen, lost = objects[0], lambda o: o.found.sum() < max(3, len(o.found) / 2)
-    row["found"] = seen.found.float().mean().item()
-    others = {o["color"] for o in words["objects"]} - {named["color"]}
-    area = {color: data.track(video, color)[0].sum() for color in data.COLORS if color not in others}
-    row["colour"] = float(area[named["color"]] > 0 and max(area, key=area.get) == named["color"])
-    if lost(seen):
-        return row
-
-    turn, slow = turns(seen), 0.25 * min(video.shape[-2:]) / 64                 # a third of the slowest named motion, px per frame
-    read_as, residual, spin = name_motion(objects, turn, slow)
-    angle, speed = data.direction(seen.centroid, seen.found)
-    if read_as == "line":
-        read_as = data.nearest_direction(angle)
-    if any(map(lost, objects)):
-        read_as = "partner lost"
-    if not read_as.startswith("spinning"):                                      # the best turn of a blob without a texture is noise
-        turn = torch.zeros_like(turn)
-    if asked in data.DIRECTIONS:
-        aim = math.degrees(math.atan2(*data.DIRECTIONS[asked][::-1]))
-        low, high = speeds(asked, words["speed"], *video.shape[1:], size)       # the words leave a range open
-        row.update(direction=float(data.nearest_direction(angle) == asked), direction_error=abs((angle - aim + 180) % 360 - 180),
-                   speed_error=max(low - speed, speed - high, 0) / ((low + high) / 2))
-
-    shown = seen.found & (seen.area > 0.85 * seen.area[seen.found].median()) if len(objects) > 1 else seen.found
-    radius, t = 0.5 * seen.area[shown].double().log(), torch.nonzero(shown)[:, 0].double()
-    trend = torch.stack([torch.ones_like(t)] + [t] * (asked in ("growing", "shrinking")), 1)
-    unsteady = radius - (trend @ torch.linalg.lstsq(trend, radius[:, None]).solution)[:, 0]
-    d, mask = tracked_flow(seen, turn), seen.mask[:-1] > 0                      # (2, T-1, H, W), (T-1, H, W)
-    frames, (H, W) = video.transpose(0, 1), mask.shape[1:]                      # (T, 3, H, W)
-    carried = look(frames[1:], d[0] + torch.arange(W), d[1] + torch.arange(H)[:, None])        # frame t+1 brought back onto t
-    if motion is not None:                                                      # what the model said against what it drew
-        core = -widest(-seen.mask[:-1])                                         # without the rim, whose flow is half the background's
-        pairs = shown[:-1] & shown[1:] & (core.sum((1, 2)) > 0)
-        share = core / core.sum((1, 2), keepdim=True).clamp(min=1e-6)
-        said, drew = ((v * share).sum((2, 3)) for v in (motion[:, :-1], d))     # (2, T-1) px
-        row["agreement"] = (said - drew).norm(dim=0)[pairs].mean().item()
-    row.update(shape=float(shape_of(seen) == named["shape"]), motion=float(read_as == asked), speed=speed, spin=spin,
-               jerk=residual[asked if asked in residual else "line"], area_variation=(2 * unsteady).std().item(), parts=parts(seen.mask[seen.found]),
-               dynamic=dynamic(seen, turn, fps), warp=(carried - frames[:-1]).abs().mean(1)[mask].mean().item() / 2,
-               area=(seen.area[shown].mean() / (H * W)).item(), read_as=read_as)
-    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by the experiments.
 
-def bootstrap(values, over=None):
-    """Mean of the values that are not nan, over that of others if given, and its 95 % interval by resampling the clips: (mean, low, high)."""
-    v = np.asarray(values, dtype=float)
-    w = np.ones_like(v) if over is None else np.asarray(over)
-    v, w = v[~np.isnan(v)], w[~np.isnan(v)]
-    if len(v) == 0:
-        return math.nan, math.nan, math.nan
-    draws = np.random.default_rng(0).integers(len(v), size=(1000, len(v)))
-    return v.mean() / w.mean(), *np.quantile(v[draws].mean(1) / w[draws].mean(1), (0.025, 0.975))
-
-
 def command(run, stage):
     """The line that trains a stage of this run, with every setting in which the run differs from its preset."""
-    config = nets.flatten(nets.read_config(pathlib.Path(run) / "config.json"))
-    usual = nets.flatten(nets.load_config([f"preset={config['preset']}"]))
+    config = common.flatten(common.read_config(pathlib.Path(run) / "config.json"))
+    usual = common.flatten(common.load_config([f"preset={config['preset']}"]))
     usual |= dict(run="", stages="", precision=config["precision"], device=config["device"])
     config |= dict(run=str(run), stages=",".join(dict.fromkeys(("tae", "base", stage))))
     return shlex.join(["python", "train.py"] + [f"{key}={value}" for key, value in config.items() if key == "preset" or value != usual[key]])
@@ -353,9 +55,9 @@ def load(a, *stages):
     models = {}
     for stage in stages:
         if (pathlib.Path(a.run) / f"{stage}.pt").exists():
-            models[stage] = sample.load_run(a.run, stage, a.device)
+            models[stage] = common.load_run(a.run, stage, a.device)
         elif (pathlib.Path(a.run) / "config.json").exists():
-            train.print0(f"no {stage}.pt in {a.run}; to have it: {command(a.run, stage)}")
+            common.print0(f"no {stage}.pt in {a.run}; to have it: {command(a.run, stage)}")
     if not models:
         raise FileNotFoundError(f"{a.run} has none of {', '.join(stages)}: train it first, python train.py run={a.run}")
     config = next(iter(models.values())).config
@@ -366,15 +68,15 @@ def load(a, *stages):
 
 def batches(a, world, device):
     """This rank's share of the clips, up to AT_ONCE at a time: (their numbers, the batch)."""
-    for first in range(AT_ONCE * train.RANK, a.clips, AT_ONCE * train.WORLD):
+    for first in range(AT_ONCE * common.RANK, a.clips, AT_ONCE * common.WORLD):
         index = list(range(first, min(first + AT_ONCE, a.clips)))
         yield index, world.batch(index, device)
 
 
 def gather(rows):
     """The rows of all ranks, in order of their clips."""
-    lists = [rows] * train.WORLD
-    if train.WORLD > 1:
+    lists = [rows] * common.WORLD
+    if common.WORLD > 1:
         dist.all_gather_object(lists, rows)
     return sorted((row for part in lists for row in part), key=lambda row: row["clip"])
 
@@ -427,6 +129,58 @@ def plot(path, curves, xlabel, ylabel, times):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The report: numbers read from pixels, on held-out prompts, beside what ground truth and reconstructions score.
+
+@torch.no_grad()
+def read_tae(model, batch):
+    """PSNR of appearance; end-point error on moving pixels of the motion pictures read back, over their mean speed; both after the TAE."""
+    sigma = model.config["flow"]["sigma"]
+    rgb = flow.flow_to_rgb(batch["flow"], sigma)
+    video2, rgb2 = sample.reconstruct(model, batch["video"], rgb)
+    speed = batch["flow"].norm(dim=1)                                           # (B, T, H, W) px per frame
+    moving = speed > 0.25 * min(speed.shape[-2:]) / 64                          # a third of the slowest named motion
+    error = (flow.rgb_to_flow(rgb2, sigma) - batch["flow"]).norm(dim=1)[moving].mean()
+    return {"psnr_db": metrics.psnr(batch["video"], video2), "epe_share": (error / speed[moving].mean()).item(), "speed_px": speed[moving].mean().item()}, video2
+
+
+def report(model, seed=0, **options):
+    """Measure a run of the embedded world; prints the tables, writes report-<stage>.json and .png, returns the numbers.
+
+    What differs from the default settings stands in the files' names: report-videojam-w2-0.0.json.
+    """
+    c, prompts = model.config, data.STRAIGHT
+    if c["data"]["root"]:
+        raise ValueError(f"the report reads the embedded world's pixels; {model.run} was trained on {c['data']['root']}")
+    world = data.open_data(c, "test")
+    truth, mixed = world.of_prompts(prompts), world.batch(range(64))
+    settings, usual = sample.settle(model, **options), sample.settle(model)
+    changed = [f"-{key}-{value}" for key, value in settings.items() if value != usual[key]] + [f"-seed-{seed}"] * (seed != 0)
+    changed += ["-literal"] * (c["guide_motion"] == "literal")
+    name = model.run / f"report-{model.stage}{''.join(changed)}"
+    numbers = {"stage": model.stage, "seed": seed, **settings, "guide_motion": c["guide_motion"], "tae_all_kinds": read_tae(model, mixed)[0]}
+    numbers["tae_straight"], recon = read_tae(model, truth)
+    video, motion = sample.generate(model, prompts, [seed + i for i in range(len(prompts))], **options)
+    print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
+    for what, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
+        print(f"  {what:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
+    total = len(prompts)
+    print(f"{total} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
+    cell = lambda hits: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hits / total, *metrics.interval(hits, total))
+    for whose, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
+        colour, direction = metrics.read_clips(clips, prompts)
+        numbers[whose.split()[0]] = {"colour": colour / total, "direction": direction / total}
+        print(f"  {whose:<54}{cell(colour):<22}{cell(direction)}")
+    if motion is not None:                                                      # what the model says of its own clips
+        direction = metrics.read_motion(motion, prompts, c["flow"]["sigma"])
+        numbers["motion_pictures"] = {"direction": direction / total}
+        print(f"  {'their motion pictures, read back':<76}{cell(direction)}")
+    numbers["sheet"] = prompts[::9]
+    common.write_sheet(f"{name}.png", common.interleave(video[::9], None if motion is None else motion[::9]))       # every direction once
+    pathlib.Path(f"{name}.json").write_text(json.dumps(numbers, indent=1))
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Fig. 3
 
 @torch.no_grad()
@@ -442,7 +196,7 @@ def permute(a):
     compared = {name: (model, model.motion) for name, model in models.items()}
     if "videojam" in models:                                                    # does the net notice, or only the motion that it is shown?
         compared["videojam, d = 0"] = models["videojam"], False
-    order = torch.stack([torch.randperm(config["frames"], generator=train.generator(a.seed, "permute", i)) for i in range(a.clips)])    # (clips, T)
+    order = torch.stack([torch.randperm(config["frames"], generator=common.generator(a.seed, "permute", i)) for i in range(a.clips)])   # (clips, T)
     order = torch.where((order.diff() == 1).all(1, keepdim=True), order.roll(1, 1), order)     # never the identity
     rows = []
     for index, got in batches(a, world, one.device):
@@ -452,7 +206,7 @@ def permute(a):
                            for spec, p in zip(got["spec"], order[index])])
         encode = lambda video, d: data.encode(one.tae, dict(video=video, flow=d), config["flow"]["sigma"])
         z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
-        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=train.generator(a.seed, "noise", i)) for i in index]).to(one.device)
+        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=common.generator(a.seed, "noise", i)) for i in index]).to(one.device)
         for name, (model, shown) in compared.items():
             text, streams = model.text(got["caption"]), slice(2 * C if model.motion else C)
             for point in points:
@@ -466,7 +220,7 @@ def permute(a):
                     errors = train.mse(u[:, :C], v[:, :C]).tolist(), train.mse(u[:, C:], v[:, C:]).tolist()     # Eqs. 3 and 6, clip by clip
                     rows += [dict(model=name, point=point, frames=frames, clip=i, appearance=x, joint=x + d) for i, x, d in zip(index, *errors)]
     rows = gather(rows)
-    return rows if train.RANK else report_permute(a, rows, S)
+    return rows if common.RANK else report_permute(a, rows, S)
 
 
 def report_permute(a, rows, S):
@@ -477,7 +231,7 @@ def report_permute(a, rows, S):
             by = grouped(clips, "frames")
             for loss, which in (("appearance", "own"), ("joint", "own"), ("joint", "original"))[:3 if "original" in by else 1]:
                 clean, permuted = ([r[loss] for r in by[frames]] for frames in ("clean", which))
-                ratio, low, high = bootstrap(permuted, over=clean)
+                ratio, low, high = metrics.bootstrap(permuted, over=clean)
                 table.append(dict(model=model, axis=axis, step=k, t=round(t, 4), flow_of=which, loss=loss, clean=np.mean(clean),
                                   permuted=np.mean(permuted), ratio=ratio, low=low, high=high))
                 label, x = model if loss == "appearance" else f"joint, {which}", k if axis == "schedule" else t
@@ -512,12 +266,12 @@ def sdedit(a):
             video, motion = (stream.cpu() for stream in sample.decode(model, z))
             kept.setdefault(k, [video, motion])
             for i, clip, source, spec in zip(index, video, got["video"].cpu(), got["spec"]):
-                seen, was = (see(v, spec["objects"][0]["color"]) for v in (clip, source))
+                seen, was = (metrics.see(v, spec["objects"][0]["color"]) for v in (clip, source))
                 gap = (seen.centroid - was.centroid)[seen.found & was.found]    # (frames where both are seen, 2)
-                rows.append(dict(step=k, clip=i, psnr=sample.psnr(clip[None], source[None]), rms=(clip - source).square().mean().sqrt().item(),
+                rows.append(dict(step=k, clip=i, psnr=metrics.psnr(clip[None], source[None]), rms=(clip - source).square().mean().sqrt().item(),
                                  place_px=gap.norm(dim=1).mean().item(), path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
     rows = gather(rows)
-    return rows if train.RANK else report_sdedit(a, rows, times, kept)
+    return rows if common.RANK else report_sdedit(a, rows, times, kept)
 
 
 def report_sdedit(a, rows, times, kept):
@@ -526,7 +280,7 @@ def report_sdedit(a, rows, times, kept):
     for k, clips in grouped(rows, "step").items():
         table.append(dict(step=k, t=round(times[k].item(), 4)))
         for name in ("psnr", "rms", "place_px", "path_px"):
-            by[name, k] = bootstrap([r[name] for r in clips])
+            by[name, k] = metrics.bootstrap([r[name] for r in clips])
             table[-1].update(zip((name, f"{name}_low", f"{name}_high"), by[name, k]))
     write_csv(out / "sdedit.csv", table)
     steps = {r["step"]: r["t"] for r in table}
@@ -537,7 +291,7 @@ def report_sdedit(a, rows, times, kept):
         curves[label] = {k: np.array(by[name, k]) / max(r[name] for r in table) for k in steps}
     plot(out / "sdedit.png", curves, f"step of {S}", "distance from the source, of its largest", steps)
     some = ["source"] + sorted({round(S * p / 100) for p in (20, 60, 80)})
-    sample.write_sheet(out / "sdedit-sheet.png", [stream[i] for i in range(min(3, a.clips)) for k in some for stream in kept[k]])
+    common.write_sheet(out / "sdedit-sheet.png", [stream[i] for i in range(min(3, a.clips)) for k in some for stream in kept[k]])
     print(out / "sdedit-sheet.png")
     return table
 
@@ -571,15 +325,15 @@ def show_motion(model, prompts, seeds, d, **options):
 def clips_of(a, name, prompts, d):
     """The variant's clips (B, 3, T, H, W) and motion pictures or None, made AT_ONCE at a time and kept; a batch already made is not made again."""
     stage, options = VARIANTS[name]
-    model = sample.load_run(a.run, stage, a.device)
+    model = common.load_run(a.run, stage, a.device)
     if name.startswith("Eq. 8"):
         model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
-    checksum = nets.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
+    checksum = common.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
     folder, paths = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(prompts), AT_ONCE):
         paths.append(folder / f"{first}.pt")
-        some, mine = prompts[first:first + AT_ONCE], first // AT_ONCE % train.WORLD == train.RANK
+        some, mine = prompts[first:first + AT_ONCE], first // AT_ONCE % common.WORLD == common.RANK
         key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed, some])
         if not mine or paths[-1].exists() and torch.load(paths[-1], weights_only=True).get("key") == key:
             continue
@@ -587,11 +341,11 @@ def clips_of(a, name, prompts, d):
         if name == "shown the true motion":
             streams = show_motion(model, some, seeds, d[first:first + AT_ONCE], **options)
         else:
-            streams = sample.generate(model, some, seeds, bar=train.RANK == 0, at_once=AT_ONCE, **options)
+            streams = sample.generate(model, some, seeds, bar=common.RANK == 0, at_once=AT_ONCE, **options)
         streams = [((v + 1) * 127.5).round().byte() for v in streams if v is not None]
         torch.save(dict(key=key, streams=streams), f"{paths[-1]}.tmp")
         os.replace(f"{paths[-1]}.tmp", paths[-1])
-    train.barrier()
+    common.barrier()
     parts = zip(*(torch.load(path, weights_only=True)["streams"] for path in paths))
     video, *motion = (torch.cat(part).float() / 127.5 - 1 for part in parts)
     return video, motion[0] if motion else None
@@ -607,9 +361,9 @@ def side_by_side(clips, frames=4):
 def score(name, video, flows, prompts, config):
     """One row of metrics per clip."""
     rows = []
-    for i in range(train.RANK, len(prompts), train.WORLD):
+    for i in range(common.RANK, len(prompts), common.WORLD):
         words = data.parse(prompts[i])
-        row = read_clip(video[i], words, None if flows is None else flows[i], config["fps"], config["world"]["size"])
+        row = metrics.read_clip(video[i], words, None if flows is None else flows[i], config["fps"], config["world"]["size"])
         rows.append(dict(variant=name, clip=i, prompt=prompts[i], kind=words["kind"], asked=words["motion"], **row))
     return gather(rows)
 
@@ -630,7 +384,7 @@ def read_prompts(a):
             scored.append(prompt)
         except ValueError as error:
             unread.append(prompt)
-            train.print0(f"{error}; sampled, shown, not scored")
+            common.print0(f"{error}; sampled, shown, not scored")
     if not wanted:
         raise ValueError(f"--prompts {a.prompts}: found an empty file, expected at least one prompt")
     return scored, unread
@@ -658,12 +412,12 @@ def ablate(a):
                 shown[name] = video
             if name == "VideoJAM":
                 shown["its motion"] = motion
-    if train.RANK:
+    if common.RANK:
         return rows
 
     count = min(8, len(prompts))                                                # eight of the scored prompts, and all that could not be read
     some = [*(i * len(prompts) // count for i in range(count)), *range(len(prompts), len(prompts + unread))]
-    sample.write_sheet(out / "ablate.png", [side_by_side([clips[i] for clips in shown.values()]) for i in some], columns=1000)
+    common.write_sheet(out / "ablate.png", [side_by_side([clips[i] for clips in shown.values()]) for i in some], columns=1000)
     print(f"{out / 'ablate.png'}: {' | '.join(shown)}\nits rows: {' | '.join((prompts + unread)[i] for i in some)}")
     if rows:
         stats = summary(rows)
@@ -683,9 +437,9 @@ def summary(rows):
             some = [r for r in own if group in ("all", r["kind"], size(r))]
             for metric in COLUMNS:
                 values = [r[metric] for r in some if not math.isnan(r[metric])]
-                mean, low, high = bootstrap(values)
+                mean, low, high = metrics.bootstrap(values)
                 if metric in HITS and mean in (0, 1):                           # where all clips agree the bootstrap has no width: Wilson's interval
-                    low, high = (max(share, 0) / 100 for share in sample.interval(mean * len(values), len(values)))
+                    low, high = (max(share, 0) / 100 for share in metrics.interval(mean * len(values), len(values)))
                 table.append(dict(variant=variant, group=group, clips=len(values), metric=metric, mean=mean, low=low, high=high))
     return table
 
@@ -696,7 +450,7 @@ def tables(rows, stats):
     table = lambda heads, text_of, names: markdown(["", *heads], [[name, *(text_of(name, head) for head in heads)] for name in names])
     every = lambda name, metric: cell(*found[name, "all", metric], metric in SHARES)
     motion = lambda name, group: cell(*found[name, group, "motion"], True)
-    less = lambda name, metric: cell(*bootstrap([v[metric] - r[metric] for v, r in zip(own["VideoJAM"], own[name])]), metric in SHARES, "+")
+    less = lambda name, metric: cell(*metrics.bootstrap([v[metric] - r[metric] for v, r in zip(own["VideoJAM"], own[name])]), metric in SHARES, "+")
     text = [table(COLUMNS, every, own)]
     if "VideoJAM" in own:
         others = [name for name in own if name != "VideoJAM"]
@@ -752,11 +506,11 @@ def time_training(config, device, seed, steps):
 
     One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and two minutes once there are three.
     """
-    C, *size = nets.latent_size(config)
+    C, *size = common.latent_size(config)
     micro, batch = train.micro_batches(config, config["batch"]), config["batch"]
-    n, before, parts = len(micro[0]), peak_memory(device, reset=True), train.build_sharded(config, device, motion=True)
+    n, before, parts = len(micro[0]), peak_memory(device, reset=True), common.build_sharded(config, device, motion=True)
     state, layers = train.prepare(config, parts, 1e-4), (parts["dit"].motion_in, parts["dit"].motion_out)
-    z = torch.randn(n, 2 * C, *size, generator=train.generator(seed, "speed"))  # (n, 2C, T, H, W)
+    z = torch.randn(n, 2 * C, *size, generator=common.generator(seed, "speed")) # (n, 2C, T, H, W)
     prompts = (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
     stored = parts["text"](prompts) if config["text"]["frozen"] else None       # as data.py stores them
 
@@ -776,25 +530,25 @@ def time_training(config, device, seed, steps):
     for k in range(steps):
         for motion in took:
             took[motion].append(timed(device, lambda: step(k, motion)))
-        if k >= 2 and time.perf_counter() - start > 120 and train.WORLD == 1:   # several ranks must stop together
+        if k >= 2 and time.perf_counter() - start > 120 and common.WORLD == 1:  # several ranks must stop together
             break
     return took, peak_memory(device) - before, parts, text_length(parts["text"], prompts)
 
 
 def time_encoding_and_sampling(config, parts, device, seed):
     """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]."""
-    tae, prompts = nets.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False), data.STRAIGHT[:1]
+    tae, prompts = common.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False), data.STRAIGHT[:1]
     model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
     got = data.MovingShapes(config["frames"], config["height"], config["width"], seed).batch(range(min(4, config["batch"])), device)
     n, o = len(got["video"]), sample.settle(model)
     with torch.device("meta"), torch.no_grad():                                 # the TAE's FLOPs are torch's own count
-        meta = nets.build_tae(config)
+        meta = common.build_tae(config)
         with FlopCounterMode(display=False) as encoding:
             latent = meta.encode(torch.empty(1, *got["video"].shape[1:]))
         with FlopCounterMode(display=False) as decoding:
             meta.decode(latent, config["frames"])
     evaluations = 2 * o["steps"] + o["motion_steps"]                            # Eq. 8: three in the first half, then two
-    drawing = nets.flops(config, True, text_length(model.text, prompts), texts=2 / evaluations)             # the prompt and "" are encoded once
+    drawing = common.flops(config, True, text_length(model.text, prompts), texts=2 / evaluations)           # the prompt and "" are encoded once
     drawing = evaluations * drawing + 2 * decoding.get_total_flops()
     rows = []
     for what, clips, flops, times, work in (
@@ -809,36 +563,36 @@ def time_encoding_and_sampling(config, parts, device, seed):
 def speed(a):
     """Clips, tokens and FLOPs per second, their share of the peak (MFU) and memory of training (base and joint net in turn), encoding and sampling.
 
-    FLOPs are the model's own, `model.flops`, a training step three times a forward pass. Attention counts whole; what checkpointing computes again
+    FLOPs are the model's own, `common.flops`, a training step three times a forward pass. Attention counts whole; what checkpointing computes again
     does not count. Memory is what each part adds.
     """
-    config = nets.load_config(a.settings)
-    device = nets.find_device(a.device or config["device"])
+    config = common.load_config(a.settings)
+    device = common.find_device(a.device or config["device"])
     if config["precision"] == "auto":
-        config["precision"] = train.fastest_precision(device)
+        config["precision"] = common.fastest_precision(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                              # as train.py
     fastest, which = peak_flops(config, device)
     took, bytes_, parts, length = time_training(config, device, a.seed, a.steps)
-    batch, N = config["batch"], math.prod(nets.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
+    batch, N = config["batch"], math.prod(common.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
     measured = []
     for motion, what in ((False, "base"), (True, "joint")):                     # dropped texts are one text, encoded once
-        flops = 3 * batch * nets.flops(config, motion, length, texts=1 - config["drop_text"]) / train.WORLD
+        flops = 3 * batch * common.flops(config, motion, length, texts=1 - config["drop_text"]) / common.WORLD
         measured.append((f"training step, {what}", np.median(took[motion]), batch, flops, bytes_))
-    if train.WORLD == 1:
+    if common.WORLD == 1:
         measured += time_encoding_and_sampling(config, parts, device, a.seed)
-    if train.RANK:
+    if common.RANK:
         return
     rows = [dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
                  share=flops / seconds / fastest, peak_gb=peak / 1e9) for what, seconds, clips, flops, peak in measured]
     write_csv(pathlib.Path(config["run"]) / "probe" / "speed.csv", rows)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "
-          f"checkpointing={config['checkpointing']}, {train.WORLD} x {where}, torch {torch.__version__}\n")
+          f"checkpointing={config['checkpointing']}, {common.WORLD} x {where}, torch {torch.__version__}\n")
     line = "{what}|{seconds:.3g}|{clips_per_s:.3g}|{tokens_per_s:,.0f}|{tflops:.3g}|{share:.1%}|{peak_gb:.2f} GB"
     print(markdown(["", "seconds", "clips/s", "tokens/s", "TFLOP/s each", "MFU", "memory"], [line.format(**row).split("|") for row in rows]))
-    ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": train.WORLD})["together"]
+    ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": common.WORLD})["together"]
     low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
     print(f"\njoint / base: {middle:.3f}x, the median of {len(ratio)} pairs (half of them within {low:.3f} to {high:.3f})\n"
           f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}")
@@ -868,11 +622,11 @@ def main(argv=None):
         raise ValueError(f"--prompts is for ablate, found it with {a.experiment}: leave it out")
     if a.settings and a.experiment != "speed":
         raise ValueError(f"{a.experiment} reads the config from --run, found {' '.join(a.settings)}: leave it out")
-    if train.WORLD > 1:
+    if common.WORLD > 1:
         a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
         dist.init_process_group("nccl" if a.experiment == "speed" and a.device.startswith("cuda") else "gloo")
     EXPERIMENTS[a.experiment](a)
-    train.close_process_group()
+    common.close_process_group()
 
 
 if __name__ == "__main__":

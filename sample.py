@@ -1,4 +1,4 @@
-"""Sampling with Inner-Guidance (paper sec. 4.3, Eqs. 7-8, App. A and C) and the report that reads the pictures.
+"""Sampling with Inner-Guidance (paper sec. 4.3, Eqs. 7-8, App. A and C).
 
     python sample.py "a red square moving right"                        # mp4 + sheet.png + settings.json in runs/tiny/samples
     python sample.py "a blue circle falling" --out fall.gif --w-motion 0 --seed 3
@@ -14,17 +14,11 @@ import math
 import pathlib
 import re
 import sys
-import types
 
-import imageio
-import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-import data
-import flow
-import model as nets
+import common
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,30 +50,11 @@ def ip2p_guidance(u, u_no_text, u_no_both, w_text=5.0, w_motion=3.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs: what train.py leaves in its folder.
-
-def load_run(run, stage="videojam", device=""):
-    """Everything needed to sample: config, tae, text, dit (EMA weights, eval mode), motion (does it predict d?), device, stage, run."""
-    run = pathlib.Path(run)
-    if not (run / "config.json").exists():
-        raise FileNotFoundError(f"{run} is no run folder (it has no config.json): train first, python train.py run={run}")
-    config, device, motion = nets.read_config(run / "config.json"), nets.find_device(device), stage == "videojam"
-    tae_file, dit_file = nets.read_weights(run / "tae.pt"), nets.read_weights(run / f"{stage}.pt")
-    if dit_file.get("tae") != tae_file["checksum"]:
-        raise ValueError(f"{run}: {stage}.pt was trained on the latents of another tae.pt than the one beside it; train the {stage} again")
-    with torch.device("meta"):                                                  # no memory and no first weights: those of the files follow
-        tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion)
-    for net, file, name in ((tae, tae_file, "tae.pt"), (nn.ModuleDict(dict(text=text, dit=dit)), dit_file, f"{stage}.pt")):
-        nets.load_into(net.to_empty(device=device), file["weights"], run / name).eval().requires_grad_(False)
-    return types.SimpleNamespace(config=config, tae=tae, text=text, dit=dit, motion=motion, device=device, stage=stage, run=run)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The sampler.
 
 def noise(model, seeds):
     """One clip's noise follows from its seed alone: (B, 2C, T, H, W), or (B, C, ...) of the same numbers without motion."""
-    C, *size = nets.latent_size(model.config)
+    C, *size = common.latent_size(model.config)
     z = torch.stack([torch.randn(2 * C, *size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     return z[:, :(2 if model.motion else 1) * C].to(model.device)
 
@@ -89,7 +64,7 @@ def guided_velocity(model, z, t, text, mask, guidance, w1, w2, motion_on, use_mo
 
     text, mask: features of the B prompts and, in the last row, of the empty one. motion_on: within the steps where d guides.
     """
-    B, C = len(z), nets.latent_size(model.config)[0]
+    B, C = len(z), common.latent_size(model.config)[0]
     combine, neutral = (ip2p_guidance, 1.0) if guidance == "ip2p" else (inner_guidance, 0.0)
     # Each branch is (keeps d, keeps y). The third is evaluated only where it is used: 250 instead of 300 branches in 100 steps.
     branches = [(1, 1)] + [(1, 0)] * (guidance != "none")
@@ -129,7 +104,7 @@ def sampler(model, prompts, seeds, start=0, z=None, **options):
     """
     if not prompts:
         raise ValueError("no prompt: found an empty list, expected at least one text")
-    o, C = settle(model, **options), nets.latent_size(model.config)[0]
+    o, C = settle(model, **options), common.latent_size(model.config)[0]
     times = linear_quadratic_schedule(o["steps"], o["steps"] // 2, o["emulated"]).to(model.device)     # L = S / 2 (README, choice 5)
     text, mask = model.text([*prompts, ""])
     z = noise(model, seeds) if z is None else z
@@ -145,7 +120,7 @@ def sampler(model, prompts, seeds, start=0, z=None, **options):
 @torch.no_grad()
 def decode(model, z):
     """z (B, C or 2C, T, H, W) -> video (B, 3, frames, height, width) and the motion picture of that shape, or None, in [-1, 1]."""
-    C, frames = nets.latent_size(model.config)[0], model.config["frames"]
+    C, frames = common.latent_size(model.config)[0], model.config["frames"]
     video = model.tae.decode(z[:, :C], frames).clamp(-1, 1)
     return video, model.tae.decode(z[:, C:], frames, motion=True).clamp(-1, 1) if model.motion else None
 
@@ -169,65 +144,6 @@ def generate(model, prompts, seeds, bar=True, at_once=32, **options):
     return torch.cat(videos), torch.cat(motions) if use_motion else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures.
-
-def to_uint8(video):
-    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
-def enlarge(frames, least):
-    """Repeat pixels of (T, H, W, 3) so that the shorter side has at least `least` of them."""
-    factor = math.ceil(least / min(frames.shape[1:3]))
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def write_video(path, video, fps, motion=None, least=256):
-    """Write an H.264 mp4 that browsers play, or a gif, by the name's ending; the motion picture to the right of the appearance."""
-    path = pathlib.Path(path)
-    options = {".mp4": dict(plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2, pixelformat="yuv420p"),
-               ".gif": dict(plugin="pillow", duration=1000 / fps, loop=0)}
-    if path.suffix not in options:
-        raise ValueError(f"{path}: unknown ending, expected .mp4 or .gif")
-    frames = np.concatenate([enlarge(to_uint8(v), least) for v in (video, motion) if v is not None], axis=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.v3.imwrite(path, frames, **options[path.suffix])
-
-
-def write_sheet(path, rows, columns=8, least=64):
-    """Write a PNG: one line per clip of `rows` (3, T, H, W), `columns` frames spread evenly from the first to the last."""
-    lines = []
-    for row in rows:
-        frames = enlarge(to_uint8(row), least)
-        frames = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
-        frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
-        lines.append(np.concatenate(list(frames), axis=1))
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.v3.imwrite(path, np.concatenate(lines))
-
-
-def interleave(video, motion):
-    """Clips and their motion pictures in turn, for a sheet."""
-    return list(video) if motion is None else [row for pair in zip(video, motion) for row in pair]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report: numbers read from pixels, on held-out prompts, beside what ground truth and reconstructions score.
-
-def psnr(a, b):
-    """Mean over clips of the PSNR in dB of (B, 3, T, H, W) in [-1, 1], whose peak-to-peak is 2."""
-    return (10 * torch.log10(4 / (a - b).square().flatten(1).mean(1))).mean().item()
-
-
-def interval(hits, n):
-    """Wilson's 95 % interval of a share, as percentages."""
-    z, p = 1.96, hits / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
-
-
 @torch.no_grad()
 def reconstruct(model, video, rgb):
     """Both streams through the TAE and back, 16 clips at a time, on the CPU."""
@@ -235,75 +151,6 @@ def reconstruct(model, video, rgb):
     there_and_back = lambda v, motion: torch.cat([model.tae.decode(
         model.tae.encode(c.to(device), motion), frames, motion).clamp(-1, 1).cpu() for c in v.split(16)])
     return there_and_back(video, False), there_and_back(rgb, True)
-
-
-@torch.no_grad()
-def read_tae(model, batch):
-    """PSNR of appearance; end-point error on moving pixels of the motion pictures read back, over their mean speed; both after the TAE."""
-    sigma = model.config["flow"]["sigma"]
-    rgb = flow.flow_to_rgb(batch["flow"], sigma)
-    video2, rgb2 = reconstruct(model, batch["video"], rgb)
-    speed = batch["flow"].norm(dim=1)                                           # (B, T, H, W) px per frame
-    moving = speed > 0.25 * min(speed.shape[-2:]) / 64                          # a third of the slowest named motion
-    error = (flow.rgb_to_flow(rgb2, sigma) - batch["flow"]).norm(dim=1)[moving].mean()
-    return {"psnr_db": psnr(batch["video"], video2), "epe_share": (error / speed[moving].mean()).item(), "speed_px": speed[moving].mean().item()}, video2
-
-
-def read_clips(videos, prompts):
-    """How many clips show the named colour, and move in the named direction (nearest of eight): (colour hits, direction hits)."""
-    colour = direction = 0
-    for video, prompt in zip(videos, prompts):
-        words = data.parse(prompt)
-        name = words["objects"][0]["color"]
-        colour += data.dominant_color(video) == name
-        angle, speed = data.direction(*data.track(video, name)[1:])
-        direction += data.nearest_direction(angle) == words["motion"]
-    return colour, direction
-
-
-def read_motion(rgb, prompts, sigma):
-    """How many motion pictures (B, 3, T, H, W) name the prompt's direction: that of their flow, averaged with the speed as weight."""
-    d = flow.rgb_to_flow(rgb, sigma)                                            # (B, 2, T, H, W)
-    u, v = (d * d.norm(dim=1, keepdim=True)).mean((2, 3, 4)).unbind(1)
-    angles = torch.rad2deg(torch.atan2(v, u)).tolist()
-    return sum(data.nearest_direction(angle) == data.parse(prompt)["motion"] for angle, prompt in zip(angles, prompts))
-
-
-def report(model, seed=0, **options):
-    """Measure a run of the embedded world; prints the tables, writes report-<stage>.json and .png, returns the numbers.
-
-    What differs from the default settings stands in the files' names: report-videojam-w2-0.0.json.
-    """
-    c, prompts = model.config, data.STRAIGHT
-    if c["data"]["root"]:
-        raise ValueError(f"the report reads the embedded world's pixels; {model.run} was trained on {c['data']['root']}")
-    world = data.open_data(c, "test")
-    truth, mixed = world.of_prompts(prompts), world.batch(range(64))
-    settings, usual = settle(model, **options), settle(model)
-    changed = [f"-{key}-{value}" for key, value in settings.items() if value != usual[key]] + [f"-seed-{seed}"] * (seed != 0)
-    changed += ["-literal"] * (c["guide_motion"] == "literal")
-    name = model.run / f"report-{model.stage}{''.join(changed)}"
-    numbers = {"stage": model.stage, "seed": seed, **settings, "guide_motion": c["guide_motion"], "tae_all_kinds": read_tae(model, mixed)[0]}
-    numbers["tae_straight"], recon = read_tae(model, truth)
-    video, motion = generate(model, prompts, [seed + i for i in range(len(prompts))], **options)
-    print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
-    for what, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
-        print(f"  {what:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
-    total = len(prompts)
-    print(f"{total} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
-    cell = lambda hits: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hits / total, *interval(hits, total))
-    for whose, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
-        colour, direction = read_clips(clips, prompts)
-        numbers[whose.split()[0]] = {"colour": colour / total, "direction": direction / total}
-        print(f"  {whose:<54}{cell(colour):<22}{cell(direction)}")
-    if motion is not None:                                                      # what the model says of its own clips
-        direction = read_motion(motion, prompts, c["flow"]["sigma"])
-        numbers["motion_pictures"] = {"direction": direction / total}
-        print(f"  {'their motion pictures, read back':<76}{cell(direction)}")
-    numbers["sheet"] = prompts[::9]
-    write_sheet(f"{name}.png", interleave(video[::9], None if motion is None else motion[::9]))             # every direction once
-    pathlib.Path(f"{name}.json").write_text(json.dumps(numbers, indent=1))
-    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,11 +179,12 @@ def arguments(argv=None):
 
 def main(argv=None):
     a = arguments(argv)
-    model = load_run(a.run, a.stage, a.device)
+    model = common.load_run(a.run, a.stage, a.device)
     model.config["guide_motion"] = a.guide_motion or model.config["guide_motion"]
     options = dict(steps=a.steps, w1=a.w1, w2=a.w2, guidance=a.guidance, motion_steps=a.motion_steps, use_motion=not a.no_motion, emulated=a.emulated)
     if a.report:
-        return report(model, a.seed, **options)
+        import probe                                                            # it stands above sample.py
+        return probe.report(model, a.seed, **options)
     prompts = a.prompt
     if a.prompts:
         if not pathlib.Path(a.prompts).is_file():
@@ -355,7 +203,7 @@ def main(argv=None):
     if a.prompts and a.out and not out.suffix:                                  # VBench: flat mp4 files of the appearance alone
         names = {f"{n:04d}-{n % a.count}.mp4": prompt for n, prompt in enumerate(prompts)}
         for clip, name in zip(video, names):
-            write_video(out / name, clip, fps, least=128)                       # VBench's RAFT breaks below 128 px
+            common.write_video(out / name, clip, fps, least=128)                # VBench's RAFT breaks below 128 px
         (out / "prompts.json").write_text(json.dumps(names, indent=1))
         print(f"seeds {seeds[0]} to {seeds[-1]}, {settings}")
         print(f"{len(names)} clips in {out}; vbench evaluate --videos_path {out} --mode=custom_input --prompt_file {out / 'prompts.json'}")
@@ -366,8 +214,8 @@ def main(argv=None):
         path = out if out.suffix else out / f"{a.stage}-{slug}-{seed}.mp4"
         if out.suffix and len(prompts) > 1:
             path = out.with_stem(f"{out.stem}-{seed - a.seed}")
-        write_video(path, clip, fps, picture)
-        write_sheet(path.with_suffix(".png"), [clip] if picture is None else [clip, picture])
+        common.write_video(path, clip, fps, picture)
+        common.write_sheet(path.with_suffix(".png"), [clip] if picture is None else [clip, picture])
         path.with_suffix(".json").write_text(json.dumps({**settings, "prompt": prompt, "seed": seed}, indent=1))
         print(f"{path} and its .png sheet and .json settings")
 

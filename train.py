@@ -15,8 +15,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -25,25 +23,19 @@ import shutil
 import signal
 import sys
 import time
-import timeit
 import types
 import warnings
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import common
 import data
 import flow
-import model as nets
 import sample
 
 STAGES = ("tae", "base", "control", "videojam")
@@ -86,14 +78,9 @@ def joint_loss(u, v, keep):
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything random is a function of (seed, step, index in the global batch), so it is the same on any machine and number of ranks.
 
-def generator(*key):
-    """A generator seeded by a hash of the key, so that neighbouring keys have nothing in common."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big"))
-
-
 def draw(seed, step, index, shape, drop_text=0.3, drop_motion=0.2, t_mean=0.0):
     """One sample's randomness: logit-normal t (Movie Gen), noise of `shape` (2C, T, H, W), keep_text, keep_motion (sec. 4.3)."""
-    g = generator(seed, step, index)
+    g = common.generator(seed, step, index)
     t = (t_mean + torch.randn((), generator=g)).sigmoid()
     keep_text = torch.rand((), generator=g) >= drop_text
     keep_motion = torch.rand((), generator=g) >= drop_motion
@@ -102,66 +89,12 @@ def draw(seed, step, index, shape, drop_text=0.3, drop_motion=0.2, t_mean=0.0):
 
 @functools.lru_cache(maxsize=2)
 def shuffled(seed, epoch, n):
-    return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
+    return torch.randperm(n, generator=common.generator(seed, "epoch", epoch)).tolist()
 
 
 def clip_index(seed, position, n):
     """Which clip stands at this place of the endless training order: fresh ones for n = 0, else n clips shuffled anew per epoch."""
     return position if n == 0 else shuffled(seed, position // n, n)[position % n]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One to many processes. torchrun sets the environment; alone, rank 0 of 1.
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def print0(*text):
-    if RANK == 0:
-        tqdm.write(" ".join(map(str, text)))
-
-
-def sum_over_ranks(tensors):
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def barrier():
-    if WORLD > 1:
-        dist.barrier()
-
-
-def close_process_group():
-    barrier()                                                                   # gloo aborts where one rank is gone before the others
-    if WORLD > 1:
-        dist.destroy_process_group()
-
-
-def build_sharded(config, device, motion=False):
-    """{"text", "dit"} on the device with their first weights; over several ranks sharded by FSDP2 (ZeRO-3): each DiT block, then what is left of each net.
-
-    The shards are fp32. A block's weights are all-gathered when its turn comes (in bf16 where the config says so), gradients reduce-scattered in fp32.
-    Alone there is nothing to shard, and the same lines build the nets.
-    """
-    with torch.device("meta"):                                                  # sizes without memory; filled below tensor by tensor
-        parts = dict(text=nets.build_text(config), dit=nets.build_dit(config, motion))
-    able = device.type == "cuda" and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
-    if config["compile"] == "always" or config["compile"] == "auto" and able:
-        for block in parts["dit"].blocks:                                       # compiled once for all blocks, as they are alike
-            block.compile()
-    if WORLD > 1:
-        mesh = init_device_mesh(device.type, (WORLD,))
-        # t in bf16 has 8 bits, which the timestep embedding multiplies by 1000: inputs are left alone, autocast casts what may be
-        dtype = torch.bfloat16 if config["precision"] == "bf16" else None
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for net in [*parts["dit"].blocks, *parts.values()]:
-            if list(net.parameters()):                                          # RandomText has none
-                fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)       # the root too: `swap` changes the shards between two forwards
-    for part in parts.values():
-        part.to_empty(device=device)
-        part.init()
-    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,10 +121,10 @@ def prepare(config, parts, lr):
 
 def micro_batches(config, batch):
     """This rank's samples of the global batch, cut for gradient accumulation: as many cuts on every rank, as their collectives meet in each."""
-    rows, largest = list(range(RANK, batch, WORLD)), math.ceil(batch / WORLD)
+    rows, largest = list(range(common.RANK, batch, common.WORLD)), math.ceil(batch / common.WORLD)
     n = math.ceil(largest / (config["micro_batch"] or largest))
-    if n > batch // WORLD:
-        raise ValueError(f"batch={batch} over {WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // WORLD} clips "
+    if n > batch // common.WORLD:
+        raise ValueError(f"batch={batch} over {common.WORLD} ranks in micro-batches of {config['micro_batch']}: some ranks have {batch // common.WORLD} clips "
                          f"for {n} micro-batches, expected a clip for each: take another micro_batch or number of ranks")
     return [rows[i::n] for i in range(n)]
 
@@ -214,16 +147,16 @@ def gradient(config, state, loss_of, step, micro, batch, sigterm=()):
     sharded = any(isinstance(p, DTensor) for p in state.params.values())
     sums = {}
     for rows in micro:
-        with kernels(config, state.device):
+        with common.kernels(config, state.device):
             loss, new = loss_of(step, rows)
             share = len(rows) / batch                                           # of the mean over the global batch
-            (loss * share * (WORLD if sharded else 1)).backward()               # FSDP averages over the ranks; we want their sum
+            (loss * share * (common.WORLD if sharded else 1)).backward()        # FSDP averages over the ranks; we want their sum
         add(sums, new)
     for p in state.params.values():                                             # probe.py speed leaves two out; all ranks reduce the same list
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     stop = torch.tensor([float(len(sigterm))], device=state.device)             # rides along: no collective of its own
     flat = torch.cat([value.flatten() for value in sums.values()] + [stop])
-    sum_over_ranks([flat] + [p.grad for p in state.params.values() if not sharded])             # the TAE: whole on every rank, plain data parallel
+    common.sum_over_ranks([flat] + [p.grad for p in state.params.values() if not sharded])      # the TAE: whole on every rank, plain data parallel
     norm = nn.utils.clip_grad_norm_(state.params.values(), config["clip"])
     *values, stop = flat.cpu().double().split([value.numel() for value in sums.values()] + [1])
     return {name: value.view(2, -1) for name, value in zip(sums, values)}, stop.item(), (norm.full_tensor() if sharded else norm).item()
@@ -250,74 +183,6 @@ def swap(state):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: <run>/<stage>.state/step-N, one file per rank, written by torch's DCP, which also reads them for another number of ranks.
-
-def cause(error):
-    """DCP collects the errors of all ranks: the first one, in a line."""
-    first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-    return f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}"
-
-
-def checkpoints(folder):
-    """The finished ones, newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=lambda path: -int(path.name[5:]))
-
-
-def save_state(folder, state, step, parent, keep):
-    """Write step-N.tmp, rename it to step-N, delete all but the last `keep`; OSError where it cannot be written: the older ones stay."""
-    path = folder / f"step-{step}"
-    temporary = path.with_suffix(".tmp")
-    try:
-        dcp.save(state.tensors, checkpoint_id=temporary)
-        if RANK == 0:
-            (temporary / "state.json").write_text(json.dumps(dict(step=step, parent=parent)))
-    except (CheckpointException, OSError) as error:
-        if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        last = next(iter(checkpoints(folder)), "none")
-        raise OSError(f"{path} could not be written ({cause(error)}): is the disk full? The last state is {last}; the same command goes on") from None
-    if RANK == 0:
-        shutil.rmtree(path, ignore_errors=True)                                 # a torn one, else this step would not be taken again
-        os.replace(temporary, path)
-        for old in [old for old in checkpoints(folder) if int(old.name[5:]) <= step][keep:]:    # a torn one of a later step is not one of the k
-            shutil.rmtree(old, ignore_errors=True)
-    barrier()
-
-
-def load_state(folder, state, parent):
-    """Fill the state from the newest checkpoint that can be read -> its step, 0 where there is none.
-
-    ValueError for one of another parent or architecture, and where there are checkpoints and none can be read.
-    """
-    expected = {f"{kind}.{name}": tuple(w.shape) for kind, named in state.tensors.items() for name, w in named.items()}
-    torn, paths = [], [checkpoints(folder)]
-    if WORLD > 1:
-        dist.broadcast_object_list(paths)                                       # all try what rank 0 sees
-    for path in paths[0]:
-        try:
-            about = json.loads((path / "state.json").read_text())
-            found = {name: tuple(w.size) for name, w in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
-            if about["parent"] == parent and found == expected:
-                dcp.load(state.tensors, checkpoint_id=path)
-        except (Exception, CheckpointException) as error:                       # unpickling raises anything
-            torn.append(f"{path} is torn ({cause(error)})")
-            print0(f"{torn[-1]}; trying the one before")
-            continue
-        if about["parent"] != parent:
-            raise ValueError(f"{path} was trained on another base.pt or tae.pt than the one in {folder.parent}: delete {folder}, or take a new run folder")
-        for name in [*expected, *found]:
-            if found.get(name) != expected.get(name):
-                raise ValueError(f"{path}: {name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}; "
-                                 f"it was made with another config: delete {folder}, or take a new run folder")
-        for moments in state.optimizer.state.values():
-            moments["step"].fill_(about["step"])
-        return about["step"]
-    if torn:
-        raise ValueError(f"{'; '.join(torn)}: delete {folder} to start this stage again")
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The one training loop, for the TAE and for the DiT.
 
 class Stopped(Exception):
@@ -333,20 +198,20 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
     run = pathlib.Path(config["run"])
     folder = run / f"{stage}.state"
     state = prepare(config, parts, lr)
-    step = load_state(folder, state, parent)
+    step = common.load_state(folder, state, parent)
     if step > steps:
         raise ValueError(f"{folder} is at step {step}, beyond {stage}.steps={steps}: ask for at least as many, or take a new run folder")
     if step:
-        print0(f"{stage}: resumed at step {step}")
-    if RANK == 0:
+        common.print0(f"{stage}: resumed at step {step}")
+    if common.RANK == 0:
         forget_lines(run / "log.jsonl", stage, step)
         for old in folder.glob("*.tmp"):                                        # saves that were killed
             shutil.rmtree(old, ignore_errors=True)
     micro = micro_batches(config, batch)
-    print0(f"{stage}: {count(state.net) / 1e6:.2f} M parameters, {steps} steps of {batch} = {WORLD} ranks x "
+    common.print0(f"{stage}: {count(state.net) / 1e6:.2f} M parameters, {steps} steps of {batch} = {common.WORLD} ranks x "
            f"{len(micro)} micro-batches x {len(micro[0])} clips")
     totals, start, first, stop = {}, time.time(), step, False                   # of the log's next line
-    with sigterm() as came, tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=RANK > 0, dynamic_ncols=True) as bar:
+    with sigterm() as came, tqdm(total=steps, initial=step, desc=f"{stage:>8}", unit="step", disable=common.RANK > 0, dynamic_ncols=True) as bar:
         while step < steps and not stop:
             sums, stop, norm = gradient(config, state, loss_of, step, micro, batch, came)       # all ranks know of a SIGTERM in the same step
             if not (math.isfinite(sums["loss"][0]) and math.isfinite(norm)):    # stop before anything is spoilt
@@ -364,45 +229,23 @@ def fit(config, stage, parts, loss_of, steps, batch, lr, parent="", look=lambda 
             bar.update()
             if step % config["log_every"] == 0 or step == steps:
                 seconds = (time.time() - start) / (step - first)
-                if RANK == 0:
+                if common.RANK == 0:
                     log_line(run, stage, step, totals, lr=lr_now, grad_norm=round(norm, 4),
                              clips_per_s=round(batch / seconds, 2), seconds_per_step=round(seconds, 4))
                 totals, start, first = {}, time.time(), step
             if step % config["save_every"] == 0 or step == steps or stop:
-                save_state(folder, state, step, parent, config["keep_states"])
+                common.save_state(folder, state, step, parent, config["keep_states"])
             if config["sample_every"] and step % config["sample_every"] == 0 and step < steps and not stop:
                 swap(state)
                 look(state.net.eval(), step)
                 state.net.train()
                 swap(state)
     late = torch.tensor(float(len(came)), device=state.device)                  # SIGTERM in the last step, after it was asked for
-    sum_over_ranks([late])
+    common.sum_over_ranks([late])
     if stop or late > 0:
         raise Stopped(f"{stage}: SIGTERM at step {step} of {steps}, saved in {folder}; the same command goes on")
     swap(state)
     return state.net.eval().requires_grad_(False)
-
-
-def fastest_precision(device):
-    """"bf16" or "fp32": what this hardware multiplies faster. Some CPUs list bf16 and are slower in it, so those are timed."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return "fp32"
-    pair = [torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    rounds = [[timeit.timeit(lambda: a @ a, number=1) for a in pair] for _ in range(20)]        # in turn, or whoever else is busy would decide
-    fp32, bf16 = map(min, zip(*rounds))
-    return "bf16" if bf16 < 0.6 * fp32 else "fp32"                              # autocast itself costs time
-
-
-def precision(config, device):
-    """Autocast to bf16 where it pays; weights, gradients, optimizer and loss stay in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
-
-
-def kernels(config, device):
-    """For the forward and the backward pass: on CPUs the flash kernel is slow in bf16, and tokens are few."""
-    return sdpa_kernel(SDPBackend.MATH) if config["precision"] == "bf16" and device.type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -440,12 +283,12 @@ def finish(config, stage, net, step, parent="", tae=""):
     weights = {}
     for name, w in net.state_dict().items():
         w = w.full_tensor() if isinstance(w, DTensor) else w                    # one at a time, and rank 0 alone keeps them, in its RAM
-        if RANK == 0:
+        if common.RANK == 0:
             weights[name] = w.cpu()
-    if RANK == 0:
-        about = dict(stage=stage, step=step, config=json.dumps(config), checksum=nets.checksum(weights), parent=parent, tae=tae)
-        nets.save(pathlib.Path(config["run"]) / f"{stage}.pt", {**about, "weights": weights})
-    barrier()
+    if common.RANK == 0:
+        about = dict(stage=stage, step=step, config=json.dumps(config), checksum=common.checksum(weights), parent=parent, tae=tae)
+        common.save(pathlib.Path(config["run"]) / f"{stage}.pt", {**about, "weights": weights})
+    common.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,9 +308,9 @@ def tae_loss(video, tae, config, noise):
 
 def train_tae(config, clips, device):
     seed, batch, sigma = config["seed"], config["tae"]["batch"], config["flow"]["sigma"]
-    tae = nets.build_tae(config).to(device, memory_format=torch.channels_last)
+    tae = common.build_tae(config).to(device, memory_format=torch.channels_last)
     n = len(clips) if config["data"]["root"] else 0
-    size = nets.latent_size(config)
+    size = common.latent_size(config)
 
     def loss_of(step, rows):
         position = [step * batch + row for row in rows]
@@ -475,8 +318,8 @@ def train_tae(config, clips, device):
         painted = torch.tensor([row % 2 == 1 for row in rows], device=device)
         video = got["video"]                                                    # this step's own: half of it is painted over
         video[painted] = flow.flow_to_rgb(got["flow"][painted], sigma)
-        noise = torch.stack([torch.randn(size, generator=generator(seed, step, row)) for row in rows]).to(device)
-        with precision(config, device):
+        noise = torch.stack([torch.randn(size, generator=common.generator(seed, step, row)) for row in rows]).to(device)
+        with common.precision(config, device):
             rec, reg, error = tae_loss(video, tae, config, noise)
         loss = torch.where(painted, config["tae"]["motion"], 1.0) * rec + reg
         square = error.square().flatten(1).mean(1)
@@ -485,13 +328,13 @@ def train_tae(config, clips, device):
     tae = fit(config, "tae", {"tae": tae}, loss_of, config["tae"]["steps"], batch, config["tae"]["lr"])["tae"]              # whole on every rank
     tae.statistics.copy_(measure_statistics(tae, clips, config, device))        # choice 3: measured once, stored with the weights
     finish(config, "tae", tae, config["tae"]["steps"])
-    if RANK == 0:                                                               # look: three clips, and what the TAE makes of them
+    if common.RANK == 0:                                                        # look: three clips, and what the TAE makes of them
         got = clips.batch(range(min(3, n or 3)), device)
         video, rgb = got["video"], flow.flow_to_rgb(got["flow"], sigma)
         video2, rgb2 = sample.reconstruct(types.SimpleNamespace(tae=tae, device=device), video, rgb)
         path = pathlib.Path(config["run"]) / "samples" / "reconstruction.png"
-        sample.write_sheet(path, [clip for four in zip(video, video2, rgb, rgb2) for clip in four])
-        print0(f"tae: {path}: clip, reconstruction, motion, reconstruction")
+        common.write_sheet(path, [clip for four in zip(video, video2, rgb, rgb2) for clip in four])
+        common.print0(f"tae: {path}: clip, reconstruction, motion, reconstruction")
 
 
 @torch.no_grad()
@@ -511,7 +354,7 @@ def dit_loss(config, parts, motion, latents, n, device, first=0):
 
     latents(list of numbers of n clips, 0: endless) -> z, captions, stored features.
     """
-    seed, batch, C = config["seed"], config["batch"], nets.latent_size(config)[0]
+    seed, batch, C = config["seed"], config["batch"], common.latent_size(config)[0]
     text, dit = parts["text"], parts["dit"]
     empty = functools.cache(lambda: text([""]))                                 # used where the encoders are frozen
 
@@ -527,7 +370,7 @@ def dit_loss(config, parts, motion, latents, n, device, first=0):
         zt, v = interpolate(z1, z0, t), velocity(z1, z0)                        # Eqs. 1, 2: each stream its own noise, one shared t
         if motion:
             zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep, zt)], dim=1)  # dropped: d_t = 0 exactly, after the noising
-        with precision(config, device):                                         # the nets alone: RAFT and the data stay in fp32
+        with common.precision(config, device):                                  # the nets alone: RAFT and the data stay in fp32
             u = dit(zt, t, *features(text, captions, keep_text, stored, empty))
         loss = joint_loss(u, v, keep) if motion else mse(u, v).mean()           # Eq. 6, or Eq. 3
         # what is logged
@@ -552,14 +395,14 @@ def features(text, captions, keep, stored, empty):
 
 def train_dit(config, stage, latents, device):
     run, motion, first = pathlib.Path(config["run"]), stage == "videojam", 0
-    parts = build_sharded(config, device, motion)                               # sec. 4.2: with `motion` the two layers are widened; all weights are trained
-    tae = parent = nets.read_weights(run / "tae.pt")["checksum"]
+    parts = common.build_sharded(config, device, motion)                        # sec. 4.2: with `motion` the two layers are widened; all weights are trained
+    tae = parent = common.read_weights(run / "tae.pt")["checksum"]
     steps, lr = (config["base" if stage == "base" else "videojam"][key] for key in ("steps", "lr"))
     if stage != "base":                                                         # control and videojam go on from the base, on the same new clips
-        saved = nets.read_weights(run / "base.pt")
+        saved = common.read_weights(run / "base.pt")
         parent, first = saved["checksum"], saved["step"]
         widened = [f"dit.{name}" for name in parts["dit"].state_dict() if name.startswith("motion_")]
-        nets.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
+        common.load_into(nn.ModuleDict(parts), saved["weights"], run / "base.pt", new=widened)
     look = functools.partial(write_samples, config, stage, latents)
     loss_of = dit_loss(config, parts, motion, latents, latents.n, device, first)
     net = fit(config, stage, parts, loss_of, steps, config["batch"], lr, parent, look)
@@ -571,15 +414,15 @@ def write_samples(config, stage, latents, net, step):
     """Four prompts in <run>/samples: a sheet and a clip, the predicted motion beside the appearance. All ranks sample, as FSDP gathers weights in each forward; rank 0 writes."""
     model = types.SimpleNamespace(config=config, tae=latents.tae, text=net["text"], dit=net["dit"], motion=stage == "videojam", device=latents.device)
     prompts = latents.clips.prompts()[:4]
-    with precision(config, latents.device):                                     # sharded weights are gathered in bf16, their inputs must be too
-        video, motion = sample.generate(model, prompts, range(len(prompts)), bar=RANK == 0)
-    if RANK > 0:
+    with common.precision(config, latents.device):                              # sharded weights are gathered in bf16, their inputs must be too
+        video, motion = sample.generate(model, prompts, range(len(prompts)), bar=common.RANK == 0)
+    if common.RANK > 0:
         return
     path = pathlib.Path(config["run"]) / "samples" / f"{stage}-{step}.png"
-    sample.write_sheet(path, sample.interleave(video, motion))
+    common.write_sheet(path, common.interleave(video, motion))
     stack = lambda clips: None if clips is None else torch.cat(list(clips), dim=2)              # one below the other
-    sample.write_video(path.with_suffix(".mp4"), stack(video), config["fps"], stack(motion), least=128 * len(prompts))
-    print0(f"{stage}: {path} and .mp4: " + " | ".join(prompts))
+    common.write_video(path.with_suffix(".mp4"), stack(video), config["fps"], stack(motion), least=128 * len(prompts))
+    common.print0(f"{stage}: {path} and .mp4: " + " | ".join(prompts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,8 +444,8 @@ def kept_bytes(N, L, D, hidden, itemsize, stream, mode):
 def plan_memory(config):
     """Bytes per GPU of training the joint net on config["gpus"] GPUs, by what takes them, without allocating any."""
     with torch.device("meta"):
-        text, dit = nets.build_text(config), nets.build_dit(config, motion=True)
-    C, T, H, W = nets.latent_size(config)
+        text, dit = common.build_text(config), common.build_dit(config, motion=True)
+    C, T, H, W = common.latent_size(config)
     gpus, itemsize, mode = config["gpus"], 4 if config["precision"] == "fp32" else 2, config["checkpointing"]
     block, parameters = count(dit.blocks[0]), count(text, dit)
     clips = math.ceil(config["batch"] / gpus)
@@ -620,31 +463,31 @@ def plan_memory(config):
 def plan(config):
     """plan=true: parameters, FLOPs, time and memory of the DiT's training on config["gpus"] GPUs; computed on the meta device, in seconds."""
     with torch.device("meta"):
-        tae, text, dit = nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion=True)
+        tae, text, dit = common.build_tae(config), common.build_text(config), common.build_dit(config, motion=True)
         video = torch.empty(1, 3, config["frames"], config["height"], config["width"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tae.encode(video)
-    (C, T, H, W), gpus = nets.latent_size(config), config["gpus"]
+    (C, T, H, W), gpus = common.latent_size(config), config["gpus"]
     parts = {"TAE": [tae], "text": [text], "DiT": [dit], "  attention": [b.attn for b in dit.blocks], "  cross-attention": [b.cross for b in dit.blocks],
              "  feed-forward": [b.ffn for b in dit.blocks], "  time, modulation": [dit.time, dit.modulation], "  text in": [dit.text_in],
              "  patches, x": [dit.patch_in, dit.patch_out], "  patches, d": [dit.motion_in, dit.motion_out]}
-    print0(f"{config['preset']}: {config['frames']} frames of {config['height']}x{config['width']}, latents {C} x {T} x {H} x {W}, {T * H * W // dit.patch ** 2} tokens a clip")
-    print0("\nparameters")
+    common.print0(f"{config['preset']}: {config['frames']} frames of {config['height']}x{config['width']}, latents {C} x {T} x {H} x {W}, {T * H * W // dit.patch ** 2} tokens a clip")
+    common.print0("\nparameters")
     for name, modules in parts.items():
         n = count(*modules)
-        print0(f"  {name:<20}{f'{n / 1e9:.2f} B' if n >= 1e9 else f'{n / 1e6:.2f} M':>12}")
-    step = 3 * nets.flops(config, motion=True) * config["batch"]                # forward once, backward twice as much
+        common.print0(f"  {name:<20}{f'{n / 1e9:.2f} B' if n >= 1e9 else f'{n / 1e6:.2f} M':>12}")
+    step = 3 * common.flops(config, motion=True) * config["batch"]              # forward once, backward twice as much
     encoding = 2 * counter.get_total_flops() * config["batch"]                  # appearance and motion
     seconds = step / (gpus * config["tflops"] * 1e12 * config["utilisation"])
-    print0(f"\na step of {config['batch']} clips")
-    print0(f"  {'DiT':<20}{step / 1e12:12,.2f} TFLOPs")
-    print0(f"  {'encoding by the TAE':<20}{encoding / 1e12:12,.2f} TFLOPs, unless the latents are cached (data.py)")
-    print0(f"  {f'on {gpus} GPU(s)':<20}{seconds:12.3g} s at an MFU of {100 * config['utilisation']:g} %, {config['tflops']:g} TFLOP/s each (gpus= utilisation= tflops=), the DiT alone")
+    common.print0(f"\na step of {config['batch']} clips")
+    common.print0(f"  {'DiT':<20}{step / 1e12:12,.2f} TFLOPs")
+    common.print0(f"  {'encoding by the TAE':<20}{encoding / 1e12:12,.2f} TFLOPs, unless the latents are cached (data.py)")
+    common.print0(f"  {f'on {gpus} GPU(s)':<20}{seconds:12.3g} s at an MFU of {100 * config['utilisation']:g} %, {config['tflops']:g} TFLOP/s each (gpus= utilisation= tflops=), the DiT alone")
     for stage in ("base", "videojam"):
-        print0(f"  {stage + ', hours':<20}{seconds * config[stage]['steps'] / 3600:12.3g} for {config[stage]['steps']} steps")
-    print0(f"\nmemory per GPU for training the DiT, checkpointing={config['checkpointing']}")
+        common.print0(f"  {stage + ', hours':<20}{seconds * config[stage]['steps'] / 3600:12.3g} for {config[stage]['steps']} steps")
+    common.print0(f"\nmemory per GPU for training the DiT, checkpointing={config['checkpointing']}")
     for name, n in plan_memory(config).items():
-        print0(f"  {name:<20}{n / 1e9:12.3f} GB")
+        common.print0(f"  {name:<20}{n / 1e9:12.3f} GB")
 
 
 def done(config, stage):
@@ -653,8 +496,8 @@ def done(config, stage):
     path, parent = run / f"{stage}.pt", run / ("tae.pt" if stage == "base" else "base.pt")
     if not path.exists():
         return False
-    saved = nets.read_weights(path)
-    if stage != "tae" and saved["parent"] != nets.read_weights(parent)["checksum"]:
+    saved = common.read_weights(path)
+    if stage != "tae" and saved["parent"] != common.read_weights(parent)["checksum"]:
         raise ValueError(f"{path} was trained on another {parent.name} than the one beside it: delete {stage}.*, or take a new run folder")
     steps = config["videojam" if stage == "control" else stage]["steps"]
     later = [f"{name}.*" for name in {"tae": STAGES[1:], "base": STAGES[2:]}.get(stage, ()) if (run / f"{name}.pt").exists()]
@@ -669,43 +512,43 @@ def prepare_run(config, device):
     run = pathlib.Path(config["run"])
     path = run / "config.json"
     if path.exists():
-        old = nets.flatten(json.loads(path.read_text()))
+        old = common.flatten(json.loads(path.read_text()))
         if config["precision"] == "auto":                                       # stays what it was when the run began
             config["precision"] = old.get("precision", "auto")
-        for key, value in nets.flatten(config).items():
+        for key, value in common.flatten(config).items():
             if key not in MAY_CHANGE and old.get(key) != value:
                 raise ValueError(f"{run} was made with {key}={old.get(key)!r}, found {key}={value!r}: give the old value, or another run=folder")
     todo = [stage for stage in STAGES if stage in config["stages"] and not done(config, stage)]
     clips = data.open_data(config, "train", device)                             # a wrong data.root leaves no run folder behind
     if config["precision"] == "auto":
-        votes = torch.tensor(float(fastest_precision(device) == "bf16"), device=device)
-        sum_over_ranks([votes])
-        config["precision"] = "bf16" if votes == WORLD else "fp32"
-    print0(f"run {run}, device {device}, {config['precision']}")
-    barrier()
-    if RANK == 0:
+        votes = torch.tensor(float(common.fastest_precision(device) == "bf16"), device=device)
+        common.sum_over_ranks([votes])
+        config["precision"] = "bf16" if votes == common.WORLD else "fp32"
+    common.print0(f"run {run}, device {device}, {config['precision']}")
+    common.barrier()
+    if common.RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=1))
         os.replace(path.with_suffix(".tmp"), path)
-    barrier()
+    common.barrier()
     if not path.exists() or json.loads(path.read_text()) != config:
-        raise ValueError(f"rank {RANK} does not see the {path} that rank 0 wrote: expected a run folder on a disk that all machines share")
+        raise ValueError(f"rank {common.RANK} does not see the {path} that rank 0 wrote: expected a run folder on a disk that all machines share")
     return clips, todo
 
 
 def main(argv=None):
-    config = nets.load_config(sys.argv[1:] if argv is None else argv)
+    config = common.load_config(sys.argv[1:] if argv is None else argv)
     stages = [stage.strip() for stage in config["stages"].split(",") if stage.strip()]
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(f"stages={config['stages']}: unknown stage {stage!r}, expected some of {', '.join(STAGES)}")
         batch = config["tae"]["batch"] if stage == "tae" else config["batch"]
-        if WORLD > batch and not done(config, stage):
-            raise ValueError(f"{stage}: found {WORLD} ranks for a global batch of {batch} clips, expected at most one rank per clip")
+        if common.WORLD > batch and not done(config, stage):
+            raise ValueError(f"{stage}: found {common.WORLD} ranks for a global batch of {batch} clips, expected at most one rank per clip")
     if config["plan"]:
         return plan(config)
-    device = nets.find_device(config["device"])
-    if device.type == "cpu" and WORLD > 1 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+    device = common.find_device(config["device"])
+    if device.type == "cpu" and common.WORLD > 1 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
         raise ValueError(f"several ranks on CPUs: found torch {torch.__version__}, expected at least 2.9, where gloo learned the mean that FSDP asks for: "
                          f"take one process, or GPUs")
     if device.type == "cuda":
@@ -713,7 +556,7 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", "torch.distributed is disabled")          # DCP says so where there is one process
-    if WORLD > 1:
+    if common.WORLD > 1:
         patience = datetime.timedelta(hours=1)                                  # all wait while rank 0 writes 117 GB of 30b's weights
         backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
         dist.init_process_group(**backend, timeout=patience)
@@ -721,7 +564,7 @@ def main(argv=None):
     (clips, todo), latents = prepare_run(config, device), None
     for stage in stages:
         if stage not in todo:
-            print0(f"{stage}: already in {config['run']}, skipped")
+            common.print0(f"{stage}: already in {config['run']}, skipped")
             continue
         gc.collect()                                                            # hooks keep a finished stage's net in cycles
         torch.manual_seed(config["seed"])                                       # the initial weights, the only use of the global generator
@@ -730,31 +573,32 @@ def main(argv=None):
             continue
         if latents is None:
             path = pathlib.Path(config["run"]) / "tae.pt"
-            tae = nets.load_into(nets.build_tae(config), nets.read_weights(path)["weights"], path)
+            tae = common.load_into(common.build_tae(config), common.read_weights(path)["weights"], path)
             tae = tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-            latents = data.Latents(config, tae, clips, device, bar=RANK == 0)
+            latents = data.Latents(config, tae, clips, device, bar=common.RANK == 0)
         train_dit(config, stage, latents, device)
-    close_process_group()                                                       # nobody waits for rank 0's report
-    if RANK == 0 and stages[-1] != "tae":
+    common.close_process_group()                                                # nobody waits for rank 0's report
+    if common.RANK == 0 and stages[-1] != "tae":
         finale(config, stages[-1])
-    print0(f"all in {(time.time() - start) / 60:.1f} minutes")
+    common.print0(f"all in {(time.time() - start) / 60:.1f} minutes")
 
 
 def finale(config, stage):
     """The numbers, read from pixels, and what to do next."""
     run, prompt = config["run"], "a caption of your own"
     if not config["data"]["root"]:
-        sample.report(sample.load_run(run, stage, config["device"]))
+        import probe                                                            # it stands above train.py: here alone, when all is done
+        probe.report(common.load_run(run, stage, config["device"]))
         prompt = data.STRAIGHT[0]
-    print0(f'\nLook at {run}/samples. Next:\n  python sample.py "{prompt}" --run {run} --stage {stage}')
+    common.print0(f'\nLook at {run}/samples. Next:\n  python sample.py "{prompt}" --run {run} --stage {stage}')
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py{f', rank {RANK}' if RANK else ''}: {error}")
+        sys.exit(f"train.py{f', rank {common.RANK}' if common.RANK else ''}: {error}")
     except Stopped as stopped:
-        print0(f"train.py: {stopped}")
-        close_process_group()
+        common.print0(f"train.py: {stopped}")
+        common.close_process_group()
         sys.exit(128 + signal.SIGTERM)

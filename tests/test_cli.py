@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import data
 import flow
-import model as nets
 import sample
 import train
 from conftest import ROOT, TINY, command, finished, start
@@ -228,7 +228,7 @@ def test_latents_of_another_tae_are_refused(run, monkeypatch):
     saved = torch.load(run / "tae.pt", weights_only=True)
     name = next(iter(saved["weights"]))
     saved["weights"][name] = saved["weights"][name] + 1
-    saved["checksum"] = nets.checksum(saved["weights"])
+    saved["checksum"] = common.checksum(saved["weights"])
     torch.save(saved, run / "tae.pt")
     assert "another tae.pt" in one_line(script(monkeypatch, "sample.py", "a red square moving right", "--run", run), "sample.py: ")
 
@@ -242,7 +242,7 @@ def test_samples_at_intervals(run, monkeypatch):
         shutil.copy(run / "tae.pt", new)
         train.main([*TINY, f"run={new}", "stages=base", "base.steps=3", f"sample_every={every}", "log_every=2"])
     assert {"base-1.png", "base-2.mp4", "base-3.png"} <= {p.name for p in (new / "samples").iterdir()}
-    a, b = (nets.read_weights(run.with_name(name) / "base.pt")["checksum"] for name in ("without", "with"))
+    a, b = (common.read_weights(run.with_name(name) / "base.pt")["checksum"] for name in ("without", "with"))
     assert a == b
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
+import metrics  # noqa: E402
 from data import (COLORS, DIRECTIONS, HELD_OUT, KINDS, MOTIONS, PAIRED, PROMPTS, SHAPES, STRAIGHT,  # noqa: E402
                   MovingShapes)
 
@@ -444,14 +445,14 @@ def test_pictures_are_read_back(side, texture):
     for videos in (sharp, blurred):
         for video, spec, w in zip(videos, specs, words):
             o = spec["objects"][0]
-            assert data.dominant_color(video) == o["color"]
-            area, centroid, found = data.track(video, o["color"])
+            assert metrics.dominant_color(video) == o["color"]
+            area, centroid, found = metrics.track(video, o["color"])
             path = poses(spec)[0][:16]
             offset = 0.3 * o["radius"] * (o["shape"] == "triangle")  # a third of its height above its base
             assert found.all() and np.abs(centroid.numpy() - path - (0, offset)).max() < 0.1 * o["radius"]
             box = (2 * o["radius"]) ** 2 / side**2
             assert (area > 0.4 * box).all() and (area < 1.1 * box).all()
-            angle, speed = data.direction(centroid, found)
+            angle, speed = metrics.direction(centroid, found)
             heading = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             assert max(DIRECTIONS, key=lambda d: DIRECTIONS[d] @ heading) == w["motion"]
             assert math.isclose(speed, np.linalg.norm(path[1] - path[0]), abs_tol=0.05)
@@ -461,17 +462,17 @@ def test_lost_object_counts_as_lost():
     """Grey noise and other colours: nothing found, centroids nan, no colour, no direction. Two found frames are too
     few."""
     grey = torch.rand(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1) * 2 - 1
-    assert data.dominant_color(grey) is None
+    assert metrics.dominant_color(grey) is None
     video = data.render([make("left", frames=4, color="green")], 4, 32, 32)[0][0]
     for clip, color in ((grey, "red"), (video, "red"), (video, "cyan")):
-        area, centroid, found = data.track(clip, color)
+        area, centroid, found = metrics.track(clip, color)
         assert not found.any() and centroid.isnan().all() and area.shape == found.shape == (4,)
-        assert all(math.isnan(x) for x in data.direction(centroid, found))
+        assert all(math.isnan(x) for x in metrics.direction(centroid, found))
     video[:, 1:3] = 0
-    area, centroid, found = data.track(video, "green")
-    assert found.tolist() == [True, False, False, True] and math.isnan(data.direction(centroid, found)[0])
+    area, centroid, found = metrics.track(video, "green")
+    assert found.tolist() == [True, False, False, True] and math.isnan(metrics.direction(centroid, found)[0])
     points = torch.tensor([[0.0, 0.0], [math.nan, math.nan], [2.0, -2.0], [3.0, -3.0]])
-    angle, speed = data.direction(points, torch.tensor([True, False, True, True]))
+    angle, speed = metrics.direction(points, torch.tensor([True, False, True, True]))
     assert math.isclose(angle, -45, abs_tol=1e-9) and math.isclose(speed, math.sqrt(2))
 
 
@@ -483,7 +484,7 @@ def test_images_and_odd_shapes(frames, height, width):
         video, flow = data.render([spec], frames, height, width)
         assert video.shape == (1, 3, frames, height, width) and flow.shape == (1, 2, frames, height, width)
         assert video.isfinite().all() and flow.isfinite().all() and (motion == "still") == (flow.abs().max() == 0)
-        assert data.track(video[0], "red")[2].any() or motion == "crossing"  # which may hide it
+        assert metrics.track(video[0], "red")[2].any() or motion == "crossing"  # which may hide it
 
 
 @pytest.mark.parametrize("bad, said", [

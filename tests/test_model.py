@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 import data
 import flow
 import model as nets
@@ -49,11 +50,11 @@ def inputs(channels=3, B=2, L=5, seed=1):
 @pytest.mark.parametrize("preset, width, depth", [("4b", 3072, 32), ("30b", 6144, 48)])
 def test_paper_presets(preset, width, depth):
     """App. C. Reference: the paper's numbers, typed again here."""
-    c = nets.load_config([f"preset={preset}"])
+    c = common.load_config([f"preset={preset}"])
     assert (c["dit"]["dim"], c["dit"]["depth"]) == (width, depth) and width // c["dit"]["heads"] == 128
     assert (c["frames"], c["height"], c["width"], c["fps"]) == (128, 256, 256, 24)
     assert (c["tae"]["spatial"], c["tae"]["temporal"], c["tae"]["channels"], c["dit"]["patch"]) == (8, 8, 16, 2)
-    assert nets.latent_size(c) == (16, 16, 32, 32)
+    assert common.latent_size(c) == (16, 16, 32, 32)
     assert c["videojam"] == {"steps": 50000 if preset == "4b" else 35000, "lr": 5e-6}
     assert c["batch"] == (32 if preset == "4b" else 256) and c["text"]["frozen"] == [4096, 1472, 1280]
     assert (c["drop_text"], c["drop_motion"], c["sample"]["steps"], c["sample"]["w_text"], c["sample"]["w_motion"]) == (0.3, 0.2, 100, 5, 3)
@@ -63,24 +64,24 @@ def test_every_preset_resolves_and_names_its_run():
     """Promise of load_config: the four presets pass `check`, all with the same keys; tiny is the default; run is runs/<preset>."""
     keys = None
     for preset in ("tiny", "small", "4b", "30b"):
-        c = nets.load_config([f"preset={preset}"])
+        c = common.load_config([f"preset={preset}"])
         assert c["preset"] == preset and c["run"] == f"runs/{preset}"
-        keys = keys or nets.flatten(c).keys()
-        assert nets.flatten(c).keys() == keys
-    assert nets.load_config() == nets.load_config(["preset=tiny"])
-    assert nets.load_config(["preset=small", "run=here"])["run"] == "here"
+        keys = keys or common.flatten(c).keys()
+        assert common.flatten(c).keys() == keys
+    assert common.load_config() == common.load_config(["preset=tiny"])
+    assert common.load_config(["preset=small", "run=here"])["run"] == "here"
 
 
 def test_overrides_have_the_last_word_and_do_not_stick():
     """An override beats the preset wherever it stands in the list; the next call starts from the file again."""
-    assert nets.load_config(["dit.depth=3", "preset=4b"])["dit"]["depth"] == 3
-    assert nets.load_config(["preset=4b"])["dit"]["depth"] == 32
+    assert common.load_config(["dit.depth=3", "preset=4b"])["dit"]["depth"] == 3
+    assert common.load_config(["preset=4b"])["dit"]["depth"] == 32
 
 
 @pytest.mark.parametrize("text, number", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("3", 3.0), ("2E2", 200.0)])
 def test_numbers_are_read_as_floats(text, number):
     """PyYAML reads 1e-4 as a string and 3 as an int; the key is a float. Reference: Python's own float()."""
-    found = nets.load_config([f"base.lr={text}"])["base"]["lr"]
+    found = common.load_config([f"base.lr={text}"])["base"]["lr"]
     assert type(found) is float and found == number
 
 
@@ -135,18 +136,18 @@ def test_numbers_are_read_as_floats(text, number):
 def test_a_bad_override_is_refused_in_one_line(override, expected):
     """Point 6 of the issue: unknown keys name the nearest, types and sizes are checked. Reference: the words that the reader needs."""
     with pytest.raises(ValueError) as error:
-        nets.load_config(["preset=tiny", *override.split()])
+        common.load_config(["preset=tiny", *override.split()])
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_builders_follow_the_config():
     """build_tae, build_text and build_dit size the nets by the config: shapes of one tiny clip on its whole way."""
-    c = nets.load_config([*TINY, "frames=10"])
-    tae, text, dit = nets.build_tae(c), nets.build_text(c), nets.build_dit(c)
+    c = common.load_config([*TINY, "frames=10"])
+    tae, text, dit = common.build_tae(c), common.build_text(c), common.build_dit(c)
     z = tae.encode(torch.zeros(1, 3, 10, 16, 16))
-    assert tuple(z.shape[1:]) == nets.latent_size(c) == (4, 3, 4, 4)
+    assert tuple(z.shape[1:]) == common.latent_size(c) == (4, 3, 4, 4)
     assert dit(z, torch.zeros(1), *text(["hello"])).shape == z.shape
-    assert nets.build_dit(c, motion=True)(torch.cat([z, z], 1), torch.zeros(1), *text(["hello"])).shape == (1, 8, 3, 4, 4)
+    assert common.build_dit(c, motion=True)(torch.cat([z, z], 1), torch.zeros(1), *text(["hello"])).shape == (1, 8, 3, 4, 4)
 
 
 # ---- Sizes ----------------------------------------------------------------------------------------------------------
@@ -159,9 +160,9 @@ def count(net):
 def test_parameters_of_the_papers_models(preset, billions):
     """Choice 6: 4.92 B and 29.3 B parameters (within 1 %), motion included. Second reference: the big matrices counted by hand,
     per block 4 D² + 4 D² attention and 3 D F SwiGLU, shared 6 D² modulation + D² time; the rest is under 1 %."""
-    c = nets.load_config([f"preset={preset}"])
+    c = common.load_config([f"preset={preset}"])
     with torch.device("meta"):
-        found = count(nets.build_dit(c, motion=True))
+        found = count(common.build_dit(c, motion=True))
     D, hidden, depth = c["dit"]["dim"], c["dit"]["hidden"], c["dit"]["depth"]
     assert found == pytest.approx(billions * 1e9, rel=0.01)
     assert found == pytest.approx(depth * (8 * D * D + 3 * D * hidden) + 7 * D * D, rel=0.01)

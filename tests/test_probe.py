@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import data
 import flow
+import metrics
 import probe
-import model as nets
 import sample
 import train
 from conftest import TINY, finished, ranks, start
@@ -34,7 +35,7 @@ BREAKDOWN = {  # Tabs. 4, 5, 7: aesthetic, imaging, subject, background, smoothn
 def test_vbench_aggregate(row):
     """App. C.1's aggregation, every row of the paper's breakdowns against its main tables. 0.15: the inputs are rounded to 0.1 (Gen3's motion: 0.35)."""
     scores, (appearance, motion) = BREAKDOWN[row]
-    got = probe.vbench_aggregate(**dict(zip(("aesthetic", "imaging", "subject", "background", "smoothness", "dynamic"), scores)))
+    got = metrics.vbench_aggregate(**dict(zip(("aesthetic", "imaging", "subject", "background", "smoothness", "dynamic"), scores)))
     assert got[0] == pytest.approx(appearance, abs=0.15) and got[1] == pytest.approx(motion, abs=0.35 if "Gen3" in row else 0.15)
 
 
@@ -47,7 +48,7 @@ def truth(request):
     prompts = [p for first in range(0, 128, 32) for p in data.PROMPTS[first:first + (32 if T == 8 else 16)]]
     assert {data.parse(p)["motion"] for p in prompts} == set(data.MOTIONS)
     got = data.MovingShapes(T, S, S, split="test").of_prompts(prompts)
-    rows = [probe.read_clip(v, data.parse(p), d, fps=T) for v, d, p in zip(got["video"], got["flow"], got["caption"])]
+    rows = [metrics.read_clip(v, data.parse(p), d, fps=T) for v, d, p in zip(got["video"], got["flow"], got["caption"])]
     return got, rows
 
 
@@ -64,7 +65,7 @@ def test_ground_truth_is_found_and_named(truth):
 def test_ground_truth_of_the_results_world():
     """The same where RESULTS.md's runs live: rich backgrounds, movers at 0.7 of their size. References: the prompts."""
     got = data.MovingShapes(8, 32, 32, split="test", texture=1.0, size=0.7).of_prompts(data.PROMPTS)
-    rows = [probe.read_clip(v, data.parse(p), d, 6, 0.7) for v, d, p in zip(got["video"], got["flow"], got["caption"])]
+    rows = [metrics.read_clip(v, data.parse(p), d, 6, 0.7) for v, d, p in zip(got["video"], got["flow"], got["caption"])]
     assert mean(rows, "motion") >= 0.99 and mean(rows, "colour") == 1 and mean(rows, "direction") == 1
     assert mean(rows, "agreement") < 0.1 and mean(rows, "jerk") < 0.1 and mean(rows, "parts") < 1.1
 
@@ -97,12 +98,12 @@ LINES = [p for p in data.STRAIGHT if "slowly" not in p][:12]
 @pytest.fixture(scope="module")
 def moving():
     got = data.MovingShapes(16, 64, 64, split="test").of_prompts(LINES)
-    return got, [probe.read_clip(v, data.parse(p), d, fps=16) for v, d, p in zip(got["video"], got["flow"], got["caption"])]
+    return got, [metrics.read_clip(v, data.parse(p), d, fps=16) for v, d, p in zip(got["video"], got["flow"], got["caption"])]
 
 
 def spoil(moving, change):
     got, clean = moving
-    return clean, [probe.read_clip(change(v, s), data.parse(p), d, fps=16) for v, d, p, s in zip(got["video"], got["flow"], got["caption"], got["spec"])]
+    return clean, [metrics.read_clip(change(v, s), data.parse(p), d, fps=16) for v, d, p, s in zip(got["video"], got["flow"], got["caption"], got["spec"])]
 
 
 def mean(rows, name):
@@ -202,7 +203,7 @@ def test_least_squares_of_a_lost_partner():
         design, target = torch.randn(5, 16, 8, generator=g, dtype=torch.float64), torch.randn(16, generator=g, dtype=torch.float64)
         weight = (torch.arange(16) % 4 < (2 if k % 2 else 4)).double()          # every other time the partner's x and y are lost
         design[:, ::4, 4:], design[:, 1::4, 4:], design[:, 2::4, :4], design[:, 3::4, :4] = 0, 0, 0, 0
-        p, rss = probe.solve(design, target, weight)
+        p, rss = metrics.solve(design, target, weight)
         for A, got in zip(design, rss):
             rows = weight.numpy() > 0
             x = np.linalg.lstsq(A.numpy()[rows], target.numpy()[rows], rcond=None)[0]
@@ -215,27 +216,27 @@ def test_a_lost_partner_is_noticed():
     got = data.MovingShapes(8, 32, 32, split="test").of_prompts(prompts)
     for video, prompt in zip(got["video"], prompts):
         words, video = data.parse(prompt), video.clone()
-        assert probe.read_clip(video, words)["motion"] == 1
-        other = probe.see(video, words["objects"][1]["color"]).mask > 0
+        assert metrics.read_clip(video, words)["motion"] == 1
+        other = metrics.see(video, words["objects"][1]["color"]).mask > 0
         video[:, torch.nn.functional.max_pool2d(other.float(), 3, 1, 1) > 0] = 0.5
-        row = probe.read_clip(video, words)
+        row = metrics.read_clip(video, words)
         assert row["motion"] == 0 and row["read_as"] in ("partner lost", "lost")
 
 
 def test_a_blob_does_not_turn_by_itself():
     """A plain disc that stands still, with a little noise for a texture: nothing moves, whatever turn fits the noise best. Reference: VBench's degree of rest."""
     got = data.MovingShapes(16, 64, 64, split="test").of_prompts(["a red circle standing still"])
-    plain = torch.where(probe.see(got["video"][0], "red").mask > 0, torch.tensor([0.8, -0.8, -0.8]).view(3, 1, 1, 1), got["video"][0])
+    plain = torch.where(metrics.see(got["video"][0], "red").mask > 0, torch.tensor([0.8, -0.8, -0.8]).view(3, 1, 1, 1), got["video"][0])
     noisy = plain + 0.05 * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
-    assert probe.read_clip(noisy, data.parse("a red circle standing still"))["dynamic"] == 0
+    assert metrics.read_clip(noisy, data.parse("a red circle standing still"))["dynamic"] == 0
 
 
 def test_bootstrap():
     """The interval of a mean over clips, nan left out. Reference: the normal law, 1.96 s / sqrt(n)."""
     v = np.random.default_rng(1).normal(3, 1, 400)
-    m, low, high = probe.bootstrap([*v, math.nan])
+    m, low, high = metrics.bootstrap([*v, math.nan])
     assert m == pytest.approx(v.mean()) and high - low == pytest.approx(2 * 1.96 * v.std() / 20, rel=0.15)
-    assert all(map(math.isnan, probe.bootstrap([math.nan])))
+    assert all(map(math.isnan, metrics.bootstrap([math.nan])))
 
 
 # ---- The experiments, on the tiny trained run -----------------------------------------------------------------------
@@ -256,10 +257,10 @@ def test_permute_against_a_plain_loop(run):
     probe.main(["permute", "--run", str(run), "--clips", "1"])
     rows = rows_of(run / "probe" / "permute.csv")
     find = lambda *key: next(r for r in rows if (r["axis"], r["t"], r["flow_of"]) == ("uniform", "0.5", "own") and (r["model"], r["loss"]) == key)
-    model = sample.load_run(run, "videojam")
+    model = common.load_run(run, "videojam")
     got = data.open_data(model.config, "test").batch([0])
-    order = torch.randperm(8, generator=train.generator(0, "permute", 0))
-    spec, noise = got["spec"][0], torch.randn(8, 2, 4, 4, generator=train.generator(0, "noise", 0))
+    order = torch.randperm(8, generator=common.generator(0, "permute", 0))
+    spec, noise = got["spec"][0], torch.randn(8, 2, 4, 4, generator=common.generator(0, "noise", 0))
     own = torch.stack([data.flow_between([spec], int(i), int(j), 16, 16)[0] for i, j in zip(order, [*order[1:], order[-1] + 1])], 1)
     for name, video, d in (("clean", got["video"][0], got["flow"][0]), ("permuted", got["video"][0][:, order], own)):
         z1 = torch.cat([model.tae.encode(video[None]), model.tae.encode(flow.flow_to_rgb(d[None], 0.1), motion=True)], 1)
@@ -275,11 +276,11 @@ def test_sdedit_from_the_last_step_is_the_source(run):
     """Fig. 8: from step S nothing is noised, so the reconstruction comes back; from step 0 nothing is left. Reference: the TAE's own PSNR."""
     probe.main(["sdedit", "--run", str(run), "--clips", "4"])
     rows = rows_of(run / "probe" / "sdedit.csv")
-    model = sample.load_run(run, "videojam")
+    model = common.load_run(run, "videojam")
     video = data.open_data(model.config, "test").batch(range(4))["video"]
     again = model.tae.decode(model.tae.encode(video), 8).clamp(-1, 1)
     assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]
-    assert float(rows[-1]["psnr"]) == pytest.approx(sample.psnr(again, video), abs=0.01) and (run / "probe" / "sdedit-sheet.png").exists()
+    assert float(rows[-1]["psnr"]) == pytest.approx(metrics.psnr(again, video), abs=0.01) and (run / "probe" / "sdedit-sheet.png").exists()
 
 
 def test_ablate_makes_each_clip_once(run, tmp_path, capsys):
@@ -352,12 +353,12 @@ def test_two_ranks_find_what_one_process_finds(run, tmp_path, monkeypatch, exper
 def test_widest():
     """Reference: torch's max_pool2d, which is -inf outside; negative numbers too."""
     x = torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(0)) - 2
-    assert torch.equal(probe.widest(x), torch.nn.functional.max_pool2d(x, 3, 1, 1))
+    assert torch.equal(metrics.widest(x), torch.nn.functional.max_pool2d(x, 3, 1, 1))
 
 
 def test_the_true_motion_is_shown(run):
     """At the last step d is the true motion itself, whatever the net said. Reference: the true motion picture through the TAE."""
-    model = sample.load_run(run, "videojam")
+    model = common.load_run(run, "videojam")
     got = data.open_data(model.config, "test").of_prompts(data.STRAIGHT[:2])
     rgb = flow.flow_to_rgb(got["flow"], model.config["flow"]["sigma"])
     video, motion = probe.show_motion(model, data.STRAIGHT[:2], [3, 4], got["flow"])

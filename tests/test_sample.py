@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import data
-import model as nets
+import metrics
 import sample
 from conftest import TINY
 
-CONFIG = nets.load_config(TINY)                         # C 4, T 2, H 4, W 4
+CONFIG = common.load_config(TINY)                         # C 4, T 2, H 4, W 4
 
 
 def rand(*shape, seed=0):
@@ -313,7 +314,7 @@ def shake(model):
 def test_the_same_seed_gives_the_same_clip(trained):
     """A clip depends on its prompt and seed only: alone, in a batch, in chunks, on a second call. 1e-4: matrix products of another height round
     differently, four guided steps enlarge it."""
-    model = shake(sample.load_run(trained[0]))
+    model = shake(common.load_run(trained[0]))
     prompts = ["a red square moving right", "a blue circle falling", "a red square moving right"]
     video, motion = sample.generate(model, prompts, [1, 2, 3], bar=False)
     assert video.shape == motion.shape == (3, 3, 8, 16, 16) and video.abs().max() <= 1
@@ -327,7 +328,7 @@ def test_the_same_seed_gives_the_same_clip(trained):
 def test_load_run_gives_the_averaged_weights(trained):
     """load_run: the EMA weights that the stage wrote, in eval mode, without gradients, for every stage. Reference: the file's own tensors."""
     for stage, motion in (("base", False), ("control", False), ("videojam", True)):
-        model = sample.load_run(trained[0], stage)
+        model = common.load_run(trained[0], stage)
         stored = torch.load(trained[0] / f"{stage}.pt", weights_only=True)["weights"]
         own = {f"{part}.{name}": w for part in ("text", "dit") for name, w in getattr(model, part).state_dict().items()}
         assert own.keys() == stored.keys() and all(torch.equal(own[name], stored[name]) for name in own)
@@ -345,7 +346,7 @@ def test_a_flipped_byte_is_found(run):
     path.write_bytes(content)
     torch.load(path, weights_only=True)                                          # silent
     with pytest.raises(ValueError, match="videojam.pt is damaged") as error:
-        sample.load_run(run)
+        common.load_run(run)
     assert "\n" not in str(error.value)
 
 
@@ -360,7 +361,7 @@ def test_unreadable_weights_are_one_line(run, content):
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="base.pt") as error:
-        sample.load_run(run, "base")
+        common.load_run(run, "base")
     assert "\n" not in str(error.value)
 
 
@@ -370,7 +371,7 @@ def test_weights_of_another_shape_are_refused(run):
     config["dit"].update(dim=64)
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"videojam.pt: .*found \(.*32.*expected \(.*64") as error:
-        sample.load_run(run)
+        common.load_run(run)
     assert "\n" not in str(error.value)
 
 
@@ -382,19 +383,19 @@ def test_a_run_of_an_older_version(trained, tmp_path):
     for key in ("checkpointing", "compile", "keep_states", "gpus"):
         del config[key]
     (run / "config.json").write_text(json.dumps({**config, "keep": 2}))
-    a, b = sample.load_run(run), sample.load_run(trained[0])
+    a, b = common.load_run(run), common.load_run(trained[0])
     assert a.config == b.config and all(torch.equal(w, b.dit.state_dict()[name]) for name, w in a.dit.state_dict().items())
 
 
 def test_checksum_sees_names_and_values():
     """The checksum changes with the last bit of a value and with a name, not with the memory layout (shapes are load_into's). Reference: the change made."""
     w = {"a": rand(4, 6), "b": rand(3)}
-    first = nets.checksum(w)
-    assert first == nets.checksum({"a": w["a"].t().contiguous().t(), "b": w["b"].clone()})
-    assert first != nets.checksum({"a": w["a"], "c": w["b"]})
+    first = common.checksum(w)
+    assert first == common.checksum({"a": w["a"].t().contiguous().t(), "b": w["b"].clone()})
+    assert first != common.checksum({"a": w["a"], "c": w["b"]})
     changed = w["a"].clone()
     changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(9.0))
-    assert first != nets.checksum({"a": changed, "b": w["b"]})
+    assert first != common.checksum({"a": changed, "b": w["b"]})
 
 
 @pytest.mark.parametrize("missing, expected", [("config.json", "no run folder"), ("tae.pt", "train the tae first"), ("videojam.pt", "train the videojam first")])
@@ -402,7 +403,7 @@ def test_a_missing_stage_is_named(run, missing, expected):
     """What is missing, and the command that makes it, in one line."""
     (run / missing).unlink()
     with pytest.raises(FileNotFoundError, match=expected) as error:
-        sample.load_run(run)
+        common.load_run(run)
     assert "python train.py" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -415,7 +416,7 @@ def clip(T=6, H=16, W=24):
 
 def test_to_uint8():
     """[-1, 1] -> 0..255, clamped, rounded. Reference: by hand."""
-    frames = sample.to_uint8(torch.tensor([-2.0, -1, 0, 1, 5]).view(1, 5, 1, 1).expand(3, 5, 2, 2))
+    frames = common.to_uint8(torch.tensor([-2.0, -1, 0, 1, 5]).view(1, 5, 1, 1).expand(3, 5, 2, 2))
     assert frames.shape == (5, 2, 2, 3) and frames[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
@@ -424,7 +425,7 @@ def test_an_mp4_that_browsers_play(tmp_path, fps):
     """H.264, yuv420p, the fps in the header, every frame, not resized to multiples of 16. Reference: ffmpeg's reading. Grey survives the codec
     within 3 of 255 (measured in test_videos.py: 2)."""
     path = tmp_path / "new" / "clip.mp4"
-    sample.write_video(path, clip(), fps, motion=-clip(), least=18)
+    common.write_video(path, clip(), fps, motion=-clip(), least=18)
     meta = iio.immeta(path, plugin="FFMPEG")
     frames = np.stack(list(iio.imiter(path, plugin="FFMPEG")))
     assert meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p") and meta["fps"] == fps
@@ -437,7 +438,7 @@ def test_an_mp4_that_browsers_play(tmp_path, fps):
 def test_a_gif(tmp_path):
     """A gif of every frame that repeats for ever. Reference: Pillow's reading; grey needs no dithering."""
     path = tmp_path / "clip.gif"
-    sample.write_video(path, clip(), 8, least=16)
+    common.write_video(path, clip(), 8, least=16)
     frames, meta = iio.imread(path, plugin="pillow", index=None), iio.immeta(path, plugin="pillow")
     assert frames.shape[:3] == (6, 16, 24) and meta["loop"] == 0 and meta["duration"] == pytest.approx(125, abs=5)
     np.testing.assert_allclose(frames[..., 0].mean((1, 2)), 40 * np.arange(6), atol=2)
@@ -447,7 +448,7 @@ def test_a_gif(tmp_path):
 def test_small_frames_are_enlarged(least, factor):
     """VBench's RAFT needs 128 px: the shorter side reaches `least` by whole factors, pixels repeated. Reference: slices."""
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
-    large = sample.enlarge(frames, least)
+    large = common.enlarge(frames, least)
     assert large.shape == (2, 16 * factor, 24 * factor, 3)
     assert all((large[:, i::factor, j::factor] == frames).all() for i in range(factor) for j in range(factor))
 
@@ -455,19 +456,19 @@ def test_small_frames_are_enlarged(least, factor):
 def test_a_sheet(tmp_path):
     """One line per clip, columns spread evenly from the first frame to the last. Reference: the grey of each cell's middle."""
     path = tmp_path / "new" / "sheet.png"
-    sample.write_sheet(path, [clip(6), -clip(6)], columns=3, least=16)
+    common.write_sheet(path, [clip(6), -clip(6)], columns=3, least=16)
     sheet = iio.imread(path)
     height, width = sheet.shape[0] // 2, sheet.shape[1] // 3
     middle = [[int(sheet[int((r + 0.5) * height), int((c + 0.5) * width), 0]) for c in range(3)] for r in range(2)]
     assert middle[0] == [0, 80, 200] and middle[1] == [255, 175, 55] and height >= 16 and width >= 24
-    sample.write_sheet(path, [clip(2)], columns=8, least=16)                     # fewer frames than columns
+    common.write_sheet(path, [clip(2)], columns=8, least=16)                     # fewer frames than columns
     assert iio.imread(path).shape[1] == 2 * width
 
 
 def test_an_unknown_ending_is_one_line(tmp_path):
     """--out x.txt: refused in one line that names the endings, before anything is written."""
     with pytest.raises(ValueError, match="mp4") as error:
-        sample.write_video(tmp_path / "x.txt", clip(), 8)
+        common.write_video(tmp_path / "x.txt", clip(), 8)
     assert "\n" not in str(error.value) and not (tmp_path / "x.txt").exists()
 
 
@@ -479,7 +480,7 @@ def test_wilson_interval(hits, n, low, high):
     (p - hits/n)^2 = 1.96^2 p (1 - p) / n in numpy."""
     p, z2 = hits / n, 1.96 ** 2
     roots = sorted(np.roots([1 + z2 / n, -(2 * p + z2 / n), p * p]).real)
-    found = sample.interval(hits, n)
+    found = metrics.interval(hits, n)
     assert found == pytest.approx([100 * r for r in roots], abs=1e-6) and found == pytest.approx([low, high], abs=0.1)
 
 
@@ -489,16 +490,16 @@ def test_psnr():
     b[1] = a[1] + 0.1
     as255 = lambda x: (x.double().numpy() + 1) * 127.5
     expected = np.mean([10 * np.log10(255 ** 2 / ((as255(a[i]) - as255(b[i])) ** 2).mean()) for i in range(3)])
-    assert sample.psnr(a, b) == pytest.approx(expected, rel=1e-5)
+    assert metrics.psnr(a, b) == pytest.approx(expected, rel=1e-5)
 
 
 def test_reading_clips():
     """The report's counts: ground truth has every colour and direction right; clips of the wrong prompt do not. Reference: the world itself."""
     world, prompts = data.MovingShapes(16, 32, 32, split="test"), data.STRAIGHT[:16]
     video = world.of_prompts(prompts)["video"]
-    assert sample.read_clips(video, prompts) == (16, 16)
+    assert metrics.read_clips(video, prompts) == (16, 16)
     still = video[:, :, :1].expand_as(video)
-    assert sample.read_clips(still, prompts)[0] == 16 and sample.read_clips(still, prompts)[1] <= 4
+    assert metrics.read_clips(still, prompts)[0] == 16 and metrics.read_clips(still, prompts)[1] <= 4
     other = [p.replace("red", "X").replace("blue", "red").replace("X", "blue") for p in prompts]
     changed = sum(p != q for p, q in zip(prompts, other))
-    assert changed and sample.read_clips(video, other)[0] == 16 - changed
+    assert changed and metrics.read_clips(video, other)[0] == 16 - changed

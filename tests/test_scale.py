@@ -16,10 +16,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import data
 import model as nets
 import probe
-import sample
 import train
 from conftest import TINY, finished, free_port, ranks, read_state, start, states
 
@@ -30,7 +30,7 @@ TO_THE_END = [*KILLED, "save_every=39"]                                         
 
 
 def weights(run, stage):
-    return nets.read_weights(run / f"{stage}.pt")["weights"]
+    return common.read_weights(run / f"{stage}.pt")["weights"]
 
 
 def distance(a, b):
@@ -119,14 +119,14 @@ def pair(gloo, trained, alone, tmp_path_factory):
                 "compiled": [*TINY, *TEN, "stages=base", "compile=always", "checkpointing=attention"],
                 "told": [*TINY, *KILLED, "save_every=1000"]}
     driver = root / "driver.py"
-    driver.write_text("import json, os, signal, sys, torch, train\nreal, name = train.dit_loss, None\n"
-                      "train.nets.Block.compile = lambda self: torch.nn.Module.compile(self, backend='eager')\n"       # dynamo's part of it, without a C compiler
+    driver.write_text("import common, json, model, os, signal, sys, torch, train\nreal, name = train.dit_loss, None\n"
+                      "model.Block.compile = lambda self: torch.nn.Module.compile(self, backend='eager')\n"       # dynamo's part of it, without a C compiler
                       "def told(*args):\n    loss_of = real(*args)\n    def spy(step, rows):\n"
-                      "        if name == 'told' and train.RANK == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
+                      "        if name == 'told' and common.RANK == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
                       "        return loss_of(step, rows)\n    return spy\ntrain.dit_loss, train.finale, look = told, lambda *args: None, train.write_samples\n"
                       "train.write_samples = lambda *args: look(*args) if name == 'bf16' else None\n"
                       "for name, (port, args) in json.loads(sys.argv[1]).items():\n    os.environ['MASTER_PORT'] = str(port)\n    try:\n        train.main(args)\n"
-                      "    except train.Stopped as stopped:\n        print(stopped)\n        train.close_process_group()\n")
+                      "    except train.Stopped as stopped:\n        print(stopped)\n        common.close_process_group()\n")
     both = ranks(2, json.dumps({name: [free_port(), [*args, f"run={runs[name]}"]] for name, args in settings.items()}), script=driver)
     outs = list(map(finished, both))
     assert [status for status, _, _ in outs] == [0, 0], outs[0][2] + outs[1][2]
@@ -191,13 +191,13 @@ def test_micro_batches_meet_on_every_rank(monkeypatch):
     """Gradient accumulation over ranks: every sample once, as many micro-batches on each rank (their collectives meet), none larger than micro_batch; where a
     rank would idle, one line instead of hanging. Reference: counting, over all small sizes."""
     for world in (1, 2, 3):
-        monkeypatch.setattr(train, "WORLD", world)
+        monkeypatch.setattr(common, "WORLD", world)
         for batch in range(world, 12):
             for size in range(batch + 2):
                 config, cuts = {"micro_batch": size}, []
                 try:
                     for rank in range(world):
-                        monkeypatch.setattr(train, "RANK", rank)
+                        monkeypatch.setattr(common, "RANK", rank)
                         cuts.append(train.micro_batches(config, batch))
                 except ValueError as error:
                     assert f"batch={batch} over {world} ranks in micro-batches of {size}" in str(error) and batch % world
@@ -208,7 +208,7 @@ def test_micro_batches_meet_on_every_rank(monkeypatch):
 
 def test_more_ranks_than_clips(monkeypatch, tmp_path):
     """Issue, point 7: five ranks for a batch of four: one line, before any process group or folder."""
-    monkeypatch.setattr(train, "WORLD", 5)
+    monkeypatch.setattr(common, "WORLD", 5)
     with pytest.raises(ValueError, match="base: found 5 ranks for a global batch of 4 clips"):
         train.main([*TINY, f"run={tmp_path / 'run'}", "stages=base"])
     assert not (tmp_path / "run").exists()
@@ -254,15 +254,15 @@ def test_attention_outputs_are_kept(monkeypatch):
 
 def test_meta_device_and_plain_construction_agree():
     """A net built on the meta device and filled afterwards is the one built in memory and initialised with the same seed, to the last bit. Reference: that one."""
-    config = nets.load_config([*TINY, "compile=never"])
-    plain = torch.nn.ModuleDict(dict(text=nets.build_text(config), dit=nets.build_dit(config, True)))
+    config = common.load_config([*TINY, "compile=never"])
+    plain = torch.nn.ModuleDict(dict(text=common.build_text(config), dit=common.build_dit(config, True)))
     torch.manual_seed(0)
     for part in plain.values():
         for p in part.parameters():
             torch.nn.init.constant_(p, 7)                                       # what init leaves out would be seen
         part.init()
     torch.manual_seed(0)
-    assert_equal(plain.state_dict(), torch.nn.ModuleDict(train.build_sharded(config, torch.device("cpu"), motion=True)).state_dict())
+    assert_equal(plain.state_dict(), torch.nn.ModuleDict(common.build_sharded(config, torch.device("cpu"), motion=True)).state_dict())
 
 
 # ---- Checkpoints that survive ---------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_a_full_disk(trained, straight, quiet, tmp_path):
     """Issue, point 7: files may not grow beyond 40 kB: the save fails with one line, the checkpoint before stays and is resumed once there is room,
     bit for bit; the same for the weights file at a stage's end. The limit is the kernel's (RLIMIT_FSIZE)."""
     run, limits = folder(trained, tmp_path / "run", "tae"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = train.save_state
+    real = common.save_state
 
     def fails_at(step):
         def limited(*args):
@@ -413,7 +413,7 @@ def test_a_full_disk(trained, straight, quiet, tmp_path):
 
     try:
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(train, "save_state", fails_at(7))
+            m.setattr(common, "save_state", fails_at(7))
             with pytest.raises(OSError, match="step-7 could not be written .*is the disk full.*step-6") as error:
                 train.main([*TINY, *KILLED, f"run={run}"])
         assert "\n" not in str(error.value)
@@ -439,7 +439,7 @@ def cached(trained, tmp_path, monkeypatch):
 
     def make(name, ranks=1, *overrides):
         run = folder(trained, tmp_path / name, "tae")
-        config = nets.load_config([*TINY, f"run={run}", *overrides])
+        config = common.load_config([*TINY, f"run={run}", *overrides])
         (run / "config.json").write_text(json.dumps(config))
         for rank in reversed(range(ranks)):                                     # in any order
             data.write_latents(config, rank, ranks)
@@ -453,7 +453,7 @@ def test_cached_latents_train_the_same(trained, cached, quiet):
     run, config = cached("disk", 2)
     one, _ = cached("one")
     assert sorted(p.name for p in (run / "latents").iterdir()) == ["00000.pt", "00001.pt", "00002.pt", "index.json"]
-    tae = nets.load_into(nets.build_tae(config), weights(run, "tae"), "tae.pt").eval()
+    tae = common.load_into(common.build_tae(config), weights(run, "tae"), "tae.pt").eval()
     clips = data.open_data(config)
     stored = data.Latents(config, tae, clips, torch.device("cpu"))
     z, captions, features = stored([7, 0, 4])
@@ -478,7 +478,7 @@ def test_caching_goes_on_where_it_stopped(cached, monkeypatch):
     kept, whole, bytes_ = second.stat().st_mtime_ns, first.read_bytes(), third.read_bytes()
     first.rename(first.with_name("00000.pt.tmp"))                               # killed before the rename
     third.unlink()
-    tae = nets.load_into(nets.build_tae(config), weights(run, "tae"), "tae.pt")
+    tae = common.load_into(common.build_tae(config), weights(run, "tae"), "tae.pt")
     with pytest.raises(ValueError, match="not finished, 2 of its files are missing: torchrun data.py run="):
         data.Latents(config, tae, data.open_data(config), torch.device("cpu"))
     data.write_latents(config)
@@ -493,12 +493,12 @@ def test_a_cache_of_something_else_is_refused(trained, cached, quiet, what):
     run, _ = cached("run")
     changed = {"size": ["frames=4"], "clips": ["data.cache=7"], "sigma": ["flow.sigma=0.2"], "data": ["world.texture=0.5"], "tae": []}[what]
     if what == "tae":
-        saved = nets.read_weights(run / "tae.pt")
+        saved = common.read_weights(run / "tae.pt")
         other = {name: w + 0.01 for name, w in saved["weights"].items()}
-        nets.save(run / "tae.pt", {**saved, "weights": other, "checksum": nets.checksum(other)})
+        common.save(run / "tae.pt", {**saved, "weights": other, "checksum": common.checksum(other)})
     (run / "config.json").unlink()
     before = {p: p.read_bytes() for p in (run / "latents").iterdir()}
-    config = nets.load_config([*TINY, *changed, f"run={run}"])
+    config = common.load_config([*TINY, *changed, f"run={run}"])
     for call in (lambda: train.main([*TINY, *changed, f"run={run}", "stages=base"]), lambda: data.write_latents(config)):
         with pytest.raises(ValueError, match=f"latents was made with another {what}: found .*, expected .*; delete it") as error:
             call()
@@ -511,8 +511,8 @@ def test_features_of_frozen_encoders_are_cached(cached, quiet, monkeypatch):
     encoder itself, within float16; the calls that training makes of it."""
     frozen = ["text.frozen=[12,20]", "text.length=5", "drop_text=0.5"]
     run, config = cached("run", 1, *frozen)
-    tae = nets.load_into(nets.build_tae(config), weights(run, "tae"), "tae.pt").eval()
-    latents, text = data.Latents(config, tae, data.open_data(config), torch.device("cpu")), nets.build_text(config)
+    tae = common.load_into(common.build_tae(config), weights(run, "tae"), "tae.pt").eval()
+    latents, text = data.Latents(config, tae, data.open_data(config), torch.device("cpu")), common.build_text(config)
     _, captions, stored = latents([5, 2])
     features, masks = text(captions)
     for a, b in zip(stored[0], features):
@@ -527,7 +527,7 @@ def test_features_of_frozen_encoders_are_cached(cached, quiet, monkeypatch):
     monkeypatch.setattr(nets.RandomText, "forward", lambda self, prompts: asked.update(prompts) or forward(self, prompts))
     train.main([*TINY, f"run={run}", "stages=base,videojam", *frozen])
     assert asked == {""}
-    loaded = sample.load_run(run)                                               # both read the base's file, which holds no tensor that the nets do not expect
+    loaded = common.load_run(run)                                               # both read the base's file, which holds no tensor that the nets do not expect
     assert loaded.dit.motion_in is not None and not list(loaded.text.parameters())
 
 
@@ -589,7 +589,7 @@ def test_the_plan_of_the_paper(capsys, preset, billions, gpus):
     FLOPs from App. C's sizes, typed here, within 1 % (what is around the blocks is small); time at 40 % of 989 TFLOP/s."""
     begin = time.time()
     train.main([f"preset={preset}", "plan=true"])
-    out, memory = capsys.readouterr().out, train.plan_memory(nets.load_config([f"preset={preset}"]))
+    out, memory = capsys.readouterr().out, train.plan_memory(common.load_config([f"preset={preset}"]))
     assert time.time() - begin < 30
     D, depth, clips, steps, N = (3072, 32, 32, 50000, 4096) if preset == "4b" else (6144, 48, 256, 35000, 4096)
     assert f"{billions:.2f} B" in out and f"{N} tokens a clip" in out
@@ -604,7 +604,7 @@ def test_the_plan_of_the_paper(capsys, preset, billions, gpus):
     hours = float(out.split("videojam, hours")[1].split(f"for {steps} steps")[0])
     assert hours == pytest.approx(seconds * steps / 3600, rel=0.01)
     assert memory["together"] == pytest.approx(sum(n for name, n in memory.items() if name != "together"))
-    fewer = train.plan_memory(nets.load_config([f"preset={preset}", f"gpus={gpus // 2}"]))
+    fewer = train.plan_memory(common.load_config([f"preset={preset}", f"gpus={gpus // 2}"]))
     assert fewer["AdamW"] == 2 * memory["AdamW"] and fewer["activations"] == 2 * memory["activations"]     # twice the clips each
 
 
@@ -613,20 +613,20 @@ def test_the_plan_of_the_paper(capsys, preset, billions, gpus):
 def test_the_formula_of_the_flops(motion, overrides):
     """model.flops against torch's FlopCounterMode, on the longest text and on a short one: the forward pass exactly, the training step within 2 % of three times it (the first
     layers need no gradient of their inputs)."""
-    config = nets.load_config(overrides)
-    text, dit, length = nets.build_text(config), nets.build_dit(config, motion), config["text"]["length"]
-    C, T, H, W = nets.latent_size(config)
+    config = common.load_config(overrides)
+    text, dit, length = common.build_text(config), common.build_dit(config, motion), config["text"]["length"]
+    C, T, H, W = common.latent_size(config)
     x, t = torch.zeros(1, (2 if motion else 1) * C, T, H, W), torch.zeros(1)
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):       # the counter overlooks the CPU's flash kernel
         u = dit(x, t, *text(["x" * (length - 1)]))
     with FlopCounterMode(display=False) as backward:
         u.sum().backward()
-    assert nets.flops(config, motion) == forward.get_total_flops()
+    assert common.flops(config, motion) == forward.get_total_flops()
     if not config["text"]["frozen"]:
         with FlopCounterMode(display=False) as short, sdpa_kernel(SDPBackend.MATH):
             dit(x, t, *text(["x" * 9]))
-        assert nets.flops(config, motion, 10) == short.get_total_flops() < forward.get_total_flops()
-    assert 3 * nets.flops(config, motion) == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)
+        assert common.flops(config, motion, 10) == short.get_total_flops() < forward.get_total_flops()
+    assert 3 * common.flops(config, motion) == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)
 
 
 def test_the_speed_probe(tmp_path, capsys):
@@ -636,10 +636,10 @@ def test_the_speed_probe(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "probe" / "speed.csv").read_text().splitlines()))
     assert [row["what"].split(",")[0] for row in rows] == ["training step", "training step", "encoding", "sampling"]
-    config, length = nets.load_config([*TINY, "dit.dim=256", "dit.hidden=0"]), max(len(p.encode()) for p in data.PROMPTS[:4]) + 1       # bytes and the end
+    config, length = common.load_config([*TINY, "dit.dim=256", "dit.hidden=0"]), max(len(p.encode()) for p in data.PROMPTS[:4]) + 1       # bytes and the end
     for row, motion in zip(rows, (False, True)):
         seconds = float(row["seconds"])
-        assert float(row["tflops"]) * seconds * 1e12 == pytest.approx(3 * 4 * nets.flops(config, motion, length, 1 - config["drop_text"]), rel=1e-3)
+        assert float(row["tflops"]) * seconds * 1e12 == pytest.approx(3 * 4 * common.flops(config, motion, length, 1 - config["drop_text"]), rel=1e-3)
         assert float(row["clips_per_s"]) * seconds == pytest.approx(4, rel=1e-3) and float(row["tokens_per_s"]) * seconds == pytest.approx(4 * 8, rel=1e-3)
         assert 0 < float(row["share"]) < 1 and float(row["peak_gb"]) > 0
     assert "20 evaluations" in rows[3]["what"]                                  # 3 branches in 4 steps, 2 in 4 (sec. 4.3)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import common
 import data
 import flow
 import model as nets
@@ -138,12 +139,12 @@ def test_t_mean_shifts_the_logit_alone(draws):
 
 def test_precision_is_settled_once(tmp_path, monkeypatch):
     """auto becomes what is faster at a run's start and stays so on resume, whatever is faster then. Reference: the run folder's config."""
-    monkeypatch.setattr(train, "fastest_precision", lambda device: "bf16")
-    make = lambda word: nets.load_config([*TINY, f"precision={word}", f"run={tmp_path}"])
+    monkeypatch.setattr(common, "fastest_precision", lambda device: "bf16")
+    make = lambda word: common.load_config([*TINY, f"precision={word}", f"run={tmp_path}"])
     for word in ("auto", "bf16"):
         train.prepare_run(config := make(word), torch.device("cpu"))
         assert config["precision"] == json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
-        monkeypatch.setattr(train, "fastest_precision", lambda device: "fp32")
+        monkeypatch.setattr(common, "fastest_precision", lambda device: "fp32")
     with pytest.raises(ValueError, match="was made with precision='bf16', found precision='fp32'"):
         train.prepare_run(make("fp32"), torch.device("cpu"))
     train.prepare_run(config := make("auto"), torch.device("cpu"))
@@ -230,7 +231,7 @@ def test_noise_enters_with_the_posteriors_width():
 
 def test_half_of_the_taes_batch_is_painted(monkeypatch):
     """Choice 3: the odd places of the TAE's batch are painted flow, the even ones the clips themselves, however the batch is cut. Reference: clip by clip."""
-    config, caught, seen, real = nets.load_config([*TINY, "tae.batch=4", "run=nowhere"]), [], [], train.tae_loss
+    config, caught, seen, real = common.load_config([*TINY, "tae.batch=4", "run=nowhere"]), [], [], train.tae_loss
 
     def fit(config, stage, parts, loss_of, *rest):
         caught.append(loss_of)
@@ -252,8 +253,8 @@ def test_measured_statistics_normalise_either_stream():
     """Choice 3: with the measured statistics the training latents of each stream have mean 0 and standard deviation 1 per channel.
     Reference: numpy over the encodings of the very clips that were measured; 1e-3: float32 sums."""
     torch.manual_seed(0)
-    config = nets.load_config([*TINY, "tae.tile=8", "frames=12"])
-    tae, clips = nets.build_tae(config).eval().requires_grad_(False), data.MovingShapes(12, 16, 16)
+    config = common.load_config([*TINY, "tae.tile=8", "frames=12"])
+    tae, clips = common.build_tae(config).eval().requires_grad_(False), data.MovingShapes(12, 16, 16)
     tae.statistics.copy_(train.measure_statistics(tae, clips, config, torch.device("cpu"), count=40))
     assert not torch.allclose(tae.statistics[0], tae.statistics[1], atol=1e-2)  # two streams, two sets
     got = clips.batch(range(40))
@@ -321,7 +322,7 @@ def go(run, *overrides):
 
 
 def weights(run, stage):
-    return nets.read_weights(run / f"{stage}.pt")["weights"]
+    return common.read_weights(run / f"{stage}.pt")["weights"]
 
 
 def assert_same(a, b, atol=0.0):
@@ -338,7 +339,7 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.dit, self.text, self.loss = [], [], []
-        build_dit, build_text, joint = nets.build_dit, nets.build_text, train.joint_loss
+        build_dit, build_text, joint = common.build_dit, common.build_text, train.joint_loss
 
         def spied(build, seen):
             def made(*args, **kwargs):
@@ -347,8 +348,8 @@ class Spy:
                 return net
             return made
 
-        monkeypatch.setattr(nets, "build_dit", spied(build_dit, self.dit))
-        monkeypatch.setattr(nets, "build_text", spied(build_text, self.text))
+        monkeypatch.setattr(common, "build_dit", spied(build_dit, self.dit))
+        monkeypatch.setattr(common, "build_text", spied(build_text, self.text))
         monkeypatch.setattr(train, "joint_loss", lambda u, v, keep: self.loss.append((v.clone(), keep.clone())) or joint(u, v, keep))
 
 
@@ -368,7 +369,7 @@ def test_what_the_net_is_given(fresh, monkeypatch):
     the noising; the text is empty where it is dropped; the target is Eq. 2 for both halves. Reference: numpy on train.draw's numbers and the
     clip order. Half of the samples are dropped here, so that every case occurs."""
     spy, latents = Spy(monkeypatch), FixedLatents()
-    config = nets.load_config([*TINY, f"run={fresh('spied', 'base')}", "videojam.steps=4", "drop_text=0.5", "drop_motion=0.5"])
+    config = common.load_config([*TINY, f"run={fresh('spied', 'base')}", "videojam.steps=4", "drop_text=0.5", "drop_motion=0.5"])
     train.train_dit(config, "videojam", latents, torch.device("cpu"))
     assert len(spy.dit) == len(spy.text) == len(spy.loss) == 4
     cases = set()
@@ -398,7 +399,7 @@ def test_the_control_sees_what_videojam_sees(fresh, monkeypatch):
     for stage in ("control", "videojam"):
         with monkeypatch.context() as m:
             spy = Spy(m)
-            config = nets.load_config([*TINY, f"run={fresh(stage, 'base')}", "videojam.steps=3"])
+            config = common.load_config([*TINY, f"run={fresh(stage, 'base')}", "videojam.steps=3"])
             train.train_dit(config, stage, FixedLatents(), torch.device("cpu"))
         seen[stage] = spy
     for a, b, prompts, prompts2 in zip(seen["control"].dit, seen["videojam"].dit, seen["control"].text, seen["videojam"].text):
@@ -409,7 +410,7 @@ def test_the_control_sees_what_videojam_sees(fresh, monkeypatch):
 def test_videojam_starts_from_the_averaged_base(fresh, monkeypatch):
     """Sec. 4.2: the fine-tune starts at the base's weights, text encoder included; a learning rate of zero leaves them, and motion stays zero."""
     run = fresh("still", "base")
-    config = nets.load_config([*TINY, f"run={run}", "videojam.lr=0"])
+    config = common.load_config([*TINY, f"run={run}", "videojam.lr=0"])
     train.train_dit(config, "videojam", FixedLatents(), torch.device("cpu"))
     base, after = weights(run, "base"), weights(run, "videojam")
     new = {name: after.pop(name) for name in ("dit.motion_in.weight", "dit.motion_out.weight")}
@@ -496,7 +497,7 @@ def test_finished_stages_are_skipped(fresh, capsys):
     assert "tae: already in" in out and "base: already in" in out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     go(run, "stages=base", "base.steps=3")
-    assert "resumed at step 2" in capsys.readouterr().out and nets.read_weights(run / "base.pt")["step"] == 3
+    assert "resumed at step 2" in capsys.readouterr().out and common.read_weights(run / "base.pt")["step"] == 3
 
 
 def log(run):
@@ -565,7 +566,7 @@ def test_a_state_of_another_parent_is_refused(fresh):
 def test_importing_does_no_work():
     """Every file imports without doing work: nothing on stdout, no folder made, no thread or generator changed."""
     code = ("import os, torch; before = sorted(os.listdir('.')); state = torch.get_rng_state()\n"
-            "import train, sample, data, flow, model\n"
+            "import train, sample, data, flow, model, common, metrics, videos\n"
             "assert torch.equal(state, torch.get_rng_state()) and sorted(set(os.listdir('.')) - {'__pycache__'}) == sorted(set(before) - {'__pycache__'})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-from data import VideoFolder  # noqa: E402
+import videos  # noqa: E402
+from videos import VideoFolder  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without a caption")
 RAFT = torch.nn.Linear(2, 2)                          # the counting estimate_flow below does not look inside
@@ -62,7 +62,7 @@ def estimated(monkeypatch):
         steps = torch.arange(video.shape[2]).view(1, 1, -1, 1, 1).expand(1, 1, *video.shape[2:]).float()
         return torch.cat([video.mean() * 100 + 0 * steps, steps], dim=1)
 
-    monkeypatch.setattr(data, "estimate_flow", estimate_flow)
+    monkeypatch.setattr(videos, "estimate_flow", estimate_flow)
     return seen
 
 
