@@ -1,300 +1,400 @@
-"""Optical flow: how far every pixel moves to the next frame. VideoJAM's second signal (section 4.1).
+"""Optical flow: how far every pixel moves to the next frame. VideoJAM's second signal (sec. 4.1).
 
-RAFT (Teed & Deng, 2020) estimates it from two frames, Eq. 5 paints it as an RGB picture, so that the same TAE can
-encode it, and the inverse reads it back. To try it (and `python tests/raft_shift.py raft_small.pth`):
+Eq. 5 paints the optical flow as an RGB video, so that the autoencoder of the frames can encode it
+too. RAFT (Teed & Deng, 2020, arXiv 2003.12039) estimates the flow of real videos.
 
-    raft = flow.load_raft("small", "raft_small.pth")               # without a path the published file is downloaded
-    rgb = flow.flow_to_rgb(flow.estimate_flow(video, raft))        # what VideoJAM learns beside the video
+    raft = flow.load_raft("small", "raft_small.pth")    # without a path it is downloaded
+    d = flow.estimate_flow(video, raft)
+    picture = flow.flow_to_rgb(d)                       # what VideoJAM learns beside the video
+    python tests/raft_shift.py raft_small.pth           # does RAFT find a known shift?
 
-Letters: B videos, T frames, H x W pixels; d = (u, v) optical flow in pixels per frame, u to the right, v down;
-m, alpha its normalised length and its angle; rgb and frames in [-1, 1].
-Inside RAFT: N pairs of frames, h x w = H/8 x W/8 cells, C channels, r radius of the look-up, K = 2r + 1.
+Letters: B videos, T frames of H x W pixels. d = (u, v) is optical flow in pixels per frame, u to
+the right, v down; m is its length from 0 to 1, alpha its angle. Pictures are in [-1, 1].
+Inside RAFT: N pairs of frames, C channels, h x w cells of 8 x 8 pixels, K x K cells looked at.
 """
 import math
 import os
 import zipfile
-from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
-# ---- Eq. 5: optical flow as colour ----------------------------------------------------------------------------------
-def checked_picture(picture, channels, sigma, background):
-    """Refuses what Eq. 5 cannot read; half precision is lifted to float32, because the hue needs the digits."""
-    if picture.ndim < 4 or picture.shape[-4] != channels or not picture.is_floating_point():
-        raise ValueError(f"found {tuple(picture.shape)} {picture.dtype}, expected float (B, {channels}, T, H, W)")
-    if background not in ("white", "black") or not sigma > 0:
-        raise ValueError(f"found background={background!r}, sigma={sigma}, expected 'white' or 'black', sigma above 0")
-    return picture.to(torch.promote_types(picture.dtype, torch.float32))
+# -------------------------------------------------------------------------------------------------
+# Eq. 5: optical flow as colour
 
 
 def full_speed(picture, sigma):
-    """The speed in px per frame at which m reaches 1: sigma times the picture's diagonal (Eq. 5)."""
-    return sigma * math.hypot(*picture.shape[-2:])
+    """The speed in pixels per frame at which m reaches 1: sigma times the picture's diagonal."""
+    height, width = picture.shape[-2:]
+    return sigma * math.hypot(height, width)
 
 
-# Eq. 5. The paper's "opacity" is read as that of a white veil over the pure colour: HSV with hue alpha / 2 pi,
-# saturation m, value 1. No motion is white, right is red, then clockwise on the screen: down yellow-green, left cyan.
+# Eq. 5. In the paper a larger m means less opacity. We read that as the opacity of a white veil
+# over the colour: no motion is white. In HSV: hue alpha / 2 pi, saturation m, value 1.
 def flow_to_rgb(flow, sigma=0.15, background="white"):
-    """Paints optical flow (B, 2, T, H, W) in px as rgb (B, 3, T, H, W) in [-1, 1]: Eq. 5, sigma = 0.15 is the paper's.
-    m = min(1, |d| / (sigma sqrt(H² + W²))) is the saturation on white; on "black" it is the value, saturation 1.
-    ValueError for another shape, an integer type, a sigma that is not positive or an unknown background."""
-    flow = checked_picture(flow, 2, sigma, background)
-    u, v = flow.split(1, dim=-4)                                      # (B, 1, T, H, W) each
-    m = (torch.hypot(u, v) / full_speed(flow, sigma)).clamp(max=1)    # (B, 1, T, H, W)
-    alpha = torch.atan2(v, u)                                         # (B, 1, T, H, W) -pi..pi
-    # HSV's pure hue: red, green and blue sit at 0, 2, 4 sixths of the circle; full up to 1 from there, gone from 2 on.
+    """Optical flow (B, 2, T, H, W) in pixels per frame -> picture (B, 3, T, H, W) in [-1, 1].
+    Right is red, down yellow-green, left cyan, up violet. On black, m is the value instead.
+    ValueError: another shape, an integer type, sigma not above 0, an unknown background."""
+    flow = checked(flow, 2, sigma, background)
+    u, v = flow.split(1, dim=-4)                                        # (B, 1, T, H, W) each
+    m = (torch.hypot(u, v) / full_speed(flow, sigma)).clamp(max=1)      # (B, 1, T, H, W)
+    alpha = torch.atan2(v, u)                                           # (B, 1, T, H, W)
+
+    # On the circle of hues, red, green and blue sit at 0, 2 and 4 sixths. A channel is full up to
+    # one sixth away from its place and gone from two sixths on.
     place = flow.new_tensor([0, 2, 4]).view(3, 1, 1, 1)
-    distance = ((alpha * 3 / math.pi - place + 3) % 6 - 3).abs()      # (B, 3, T, H, W) in sixths, 0..3
-    hue = (2 - distance).clamp(0, 1)                                  # (B, 3, T, H, W)
-    rgb = 1 - m * (1 - hue) if background == "white" else m * hue     # (B, 3, T, H, W) 0..1
+    sixths = alpha * 3 / math.pi
+    distance = ((sixths - place + 3) % 6 - 3).abs()                     # (B, 3, T, H, W) 0 to 3
+    colour = (2 - distance).clamp(0, 1)                                 # (B, 3, T, H, W)
+    if background == "white":
+        rgb = 1 - m * (1 - colour)
+    else:
+        rgb = m * colour
     return 2 * rgb - 1
 
 
-# Eq. 5 backwards. On either background the largest minus the smallest channel is m, so a grey cast cancels out.
+# Eq. 5 backwards. The paper only looks at its pictures of motion; our metrics read them.
 def rgb_to_flow(rgb, sigma=0.15, background="white"):
-    """Reads optical flow (B, 2, T, H, W) in px back from rgb (B, 3, T, H, W); values outside [-1, 1] are clamped.
-    Inverse of flow_to_rgb up to float rounding for m < 1; where m = 1 the direction holds, the length is a lower bound.
-    ValueError as in flow_to_rgb. Eq. 5 backwards, which the paper does not need: it only looks at its flow pictures."""
-    rgb = (checked_picture(rgb, 3, sigma, background).clamp(-1, 1) + 1) / 2
-    r, g, b = rgb.split(1, dim=-4)                                    # (B, 1, T, H, W) each
-    high = rgb.amax(-4, keepdim=True)                                 # (B, 1, T, H, W)
-    m = high - rgb.amin(-4, keepdim=True)                             # (B, 1, T, H, W)
-    c = m.clamp(min=1e-12)                                            # grey has no hue; with m = 0 any will do
-    sixths = torch.where(high == r, (g - b) / c, torch.where(high == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    alpha = sixths * math.pi / 3                                      # (B, 1, T, H, W)
-    return full_speed(rgb, sigma) * m * torch.cat([alpha.cos(), alpha.sin()], dim=-4)
+    """Picture (B, 3, T, H, W) -> optical flow (B, 2, T, H, W) in pixels per frame.
+    Exact for m < 1. Where m = 1, the direction is right and the length is a lower bound."""
+    rgb = checked(rgb, 3, sigma, background)
+    rgb = (rgb.clamp(-1, 1) + 1) / 2
+    r, g, b = rgb.split(1, dim=-4)                                      # (B, 1, T, H, W) each
+    largest = rgb.amax(dim=-4, keepdim=True)
+    # The difference is m on both backgrounds, and adding grey does not change it.
+    m = largest - rgb.amin(dim=-4, keepdim=True)                        # (B, 1, T, H, W)
+    safe = m.clamp(min=1e-12)                                           # grey has no hue
+
+    # The largest channel says in which third of the circle the hue lies.
+    sixths = 4 + (r - g) / safe
+    sixths = torch.where(largest == g, 2 + (b - r) / safe, sixths)
+    sixths = torch.where(largest == r, (g - b) / safe, sixths)
+    alpha = sixths * math.pi / 3
+    direction = torch.cat([alpha.cos(), alpha.sin()], dim=-4)           # (B, 2, T, H, W)
+    return full_speed(rgb, sigma) * m * direction
 
 
-# ---- RAFT: compare every cell of one frame with every cell of the other, then walk to the match in small steps -------
-# Section numbers are the RAFT paper's (arXiv 2003.12039). The attributes carry torchvision's names (hence such words as
-# `convnormrelu1`), so that its published weights load unchanged.
+def checked(picture, channels, sigma, background):
+    """Refuse what Eq. 5 cannot read -> the picture in float32 at least: hues need the digits."""
+    shape = tuple(picture.shape)
+    if len(shape) < 4 or shape[-4] != channels or not picture.is_floating_point():
+        raise ValueError(
+            f"found a picture {shape} {picture.dtype}, expected float (B, {channels}, T, H, W)")
+    if background not in ("white", "black") or not sigma > 0:
+        raise ValueError(
+            f"found {background=} and {sigma=}, expected 'white' or 'black', and sigma above 0")
+    return picture.to(torch.promote_types(picture.dtype, torch.float32))
 
-RAFT_SIZES = dict(
-    large=dict(widths=(64, 64, 96, 128), bottleneck=False, context_norm=nn.BatchNorm2d, features=256, hidden=128,
-               context=128, radius=4, corr=(256, 192), flow=(128, 64), motion=128, kernels=((1, 5), (5, 1)), head=256),
-    small=dict(widths=(32, 32, 64, 96), bottleneck=True, context_norm=None, features=128, hidden=96,
-               context=64, radius=3, corr=(96,), flow=(64, 32), motion=82, kernels=((3, 3),), head=128))
-LEVELS = 4                  # of the correlation pyramid (sec. 3.2)
-MIN_SIDE = 8 * 2**LEVELS    # px; below, the last level is one cell wide, and a position inside it is 0 / 0
+
+# -------------------------------------------------------------------------------------------------
+# RAFT compares every cell of one frame with every cell of the next, then walks to the match in
+# small steps. The attributes have torchvision's names, so that its published weights load.
+
+LEVELS = 4                      # of the correlation pyramid
+MIN_SIDE = 8 * 2 ** LEVELS      # px; below, the last level is one cell wide, and its grid is 0 / 0
+
+SIZES = {
+    "large": dict(
+        widths=(64, 64, 96, 128), bottleneck=False, context_norm=nn.BatchNorm2d, features=256,
+        hidden=128, context=128, radius=4, corr=(256, 192), flow=(128, 64), motion=128,
+        kernels=((1, 5), (5, 1)), head=256),
+    "small": dict(
+        widths=(32, 32, 64, 96), bottleneck=True, context_norm=None, features=128,
+        hidden=96, context=64, radius=3, corr=(96,), flow=(64, 32), motion=82,
+        kernels=((3, 3),), head=128)
+}
 
 
 def conv(inputs, outputs, kernel=3, stride=1, norm=None, relu=True):
-    """Convolution that keeps the size (up to the stride), then a norm and a ReLU where asked for."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2),
-                         *([norm(outputs)] if norm else []), *([nn.ReLU(inplace=True)] if relu else []))
+    """A convolution that keeps the size (up to its stride), then a norm and a ReLU if wanted."""
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)]
+    if norm:
+        layers.append(norm(outputs))
+    if relu:
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions (large), or 1x1, 3x3, 1x1 through a quarter of the channels (small), plus the input."""
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 through a quarter of the channels; plus the input."""
 
     def __init__(self, inputs, outputs, stride, norm, bottleneck):
         super().__init__()
-        width = outputs // 4 if bottleneck else outputs
-        self.convnormrelu1 = conv(inputs, width, 1, 1, norm) if bottleneck else conv(inputs, width, 3, stride, norm)
-        self.convnormrelu2 = conv(width, width, 3, stride if bottleneck else 1, norm)
-        self.convnormrelu3 = conv(width, outputs, 1, 1, norm) if bottleneck else nn.Identity()
-        self.downsample = conv(inputs, outputs, 1, stride, norm, relu=False) if stride > 1 else nn.Identity()
+        if bottleneck:
+            quarter = outputs // 4
+            self.convnormrelu1 = conv(inputs, quarter, 1, 1, norm)
+            self.convnormrelu2 = conv(quarter, quarter, 3, stride, norm)
+            self.convnormrelu3 = conv(quarter, outputs, 1, 1, norm)
+        else:
+            self.convnormrelu1 = conv(inputs, outputs, 3, stride, norm)
+            self.convnormrelu2 = conv(outputs, outputs, 3, 1, norm)
+            self.convnormrelu3 = nn.Identity()
+        shortcut = conv(inputs, outputs, 1, stride, norm, relu=False)
+        self.downsample = shortcut if stride > 1 else nn.Identity()
 
     def forward(self, x):
-        return (self.downsample(x) + self.convnormrelu3(self.convnormrelu2(self.convnormrelu1(x)))).relu_()
+        y = self.convnormrelu3(self.convnormrelu2(self.convnormrelu1(x)))
+        return F.relu(self.downsample(x) + y)
 
 
-# sec. 3.1: a frame (N, 3, H, W) becomes features (N, outputs, H/8, W/8)
+# RAFT sec. 3.1: a frame (N, 3, H, W) becomes features (N, outputs, h, w)
 def encoder(widths, outputs, norm, bottleneck):
-    pair = lambda inputs, width, stride: nn.Sequential(ResidualBlock(inputs, width, stride, norm, bottleneck),
-                                                       ResidualBlock(width, width, 1, norm, bottleneck))
+    def pair(inputs, width, stride):
+        first = ResidualBlock(inputs, width, stride, norm, bottleneck)
+        second = ResidualBlock(width, width, 1, norm, bottleneck)
+        return nn.Sequential(first, second)
+
     a, b, c, d = widths
-    return nn.Sequential(OrderedDict(convnormrelu=conv(3, a, 7, 2, norm), layer1=pair(a, b, 1), layer2=pair(b, c, 2),
-                                     layer3=pair(c, d, 2), conv=nn.Conv2d(d, outputs, 1)))
+    net = nn.Sequential()       # runs its parts in the order in which they are added
+    net.convnormrelu = conv(3, a, 7, 2, norm)
+    net.layer1 = pair(a, b, 1)
+    net.layer2 = pair(b, c, 2)
+    net.layer3 = pair(c, d, 2)
+    net.conv = nn.Conv2d(d, outputs, 1)
+    return net
 
 
-# sec. 3.2: all pairs of cells, then coarser and coarser on the side of the second frame
+# RAFT sec. 3.2
 def correlation_pyramid(features1, features2):
-    """(N, C, h, w) twice -> LEVELS volumes (N h w, 1, h/2^l, w/2^l): one map of similarities per cell of frame 1."""
+    """Features (N, C, h, w) of two frames -> LEVELS volumes (N h w, 1, h/2^l, w/2^l).
+    Each cell of frame 1 has a map of its similarity to all cells of frame 2, finest first."""
     N, C, h, w = features1.shape
-    volume = features1.flatten(2).transpose(1, 2) @ features2.flatten(2) / math.sqrt(C)      # (N, h w, h w)
+    volume = features1.flatten(2).transpose(1, 2) @ features2.flatten(2)    # (N, h w, h w)
+    volume = volume / math.sqrt(C)
     pyramid = [volume.view(N * h * w, 1, h, w)]
     for _ in range(LEVELS - 1):
         pyramid.append(F.avg_pool2d(pyramid[-1], 2))
     return pyramid
 
 
-# sec. 3.2: what lies within r cells of where each cell is believed to have gone, at every level
+# RAFT sec. 3.2
 def look_up(pyramid, target, radius):
-    """target (N, 2, h, w), positions (x, y) in frame 2 -> similarities around them (N, LEVELS K², h, w)."""
+    """Similarities (N, LEVELS K², h, w) within `radius` cells of where each cell went, by level.
+    target (N, 2, h, w): the position (x, y) in frame 2 where each cell is believed to be."""
     N, _, h, w = target.shape
     K = 2 * radius + 1
-    step = torch.arange(-radius, radius + 1, device=target.device, dtype=target.dtype)
+    offsets = torch.arange(-radius, radius + 1, device=target.device)
     x, y = target.transpose(0, 1).reshape(2, N * h * w, 1)
     found = []
     for level, volume in enumerate(pyramid):
-        high, wide = volume.shape[-2:]
-        xs = (x / 2**level + step) * (2 / (wide - 1)) - 1                        # (N h w, K) -1..1 inside
-        ys = (y / 2**level + step) * (2 / (high - 1)) - 1                        # (N h w, K)
-        # The weights expect the neighbours column by column: x is the slow index.
-        grid = torch.stack([xs[:, :, None].expand(-1, K, K), ys[:, None].expand(-1, K, K)], -1)
-        found.append(F.grid_sample(volume, grid, align_corners=True).view(N, h, w, K * K))
-    return torch.cat(found, -1).permute(0, 3, 1, 2)                              # (N, LEVELS K², h, w)
+        height, width = volume.shape[-2:]
+        xs = (x / 2 ** level + offsets) * (2 / (width - 1)) - 1         # (N h w, K), -1 to 1 inside
+        ys = (y / 2 ** level + offsets) * (2 / (height - 1)) - 1        # (N h w, K)
+        # The published weights expect the neighbours column by column: x is the slow index.
+        places = torch.broadcast_tensors(xs[:, :, None], ys[:, None])
+        grid = torch.stack(places, dim=-1)                              # (N h w, K, K, 2)
+        similar = F.grid_sample(volume, grid, align_corners=True)       # (N h w, 1, K, K)
+        found.append(similar.view(N, h, w, K * K))
+    return torch.cat(found, dim=-1).permute(0, 3, 1, 2)                 # (N, LEVELS K², h, w)
 
 
+# RAFT sec. 3.3
 class ConvGRU(nn.Module):
-    """sec. 3.3: a gated recurrent unit whose matrices are convolutions."""
+    """A gated recurrent unit whose matrices are convolutions."""
 
     def __init__(self, hidden, inputs, kernel):
         super().__init__()
-        gate = lambda: nn.Conv2d(hidden + inputs, hidden, kernel, padding=(kernel[0] // 2, kernel[1] // 2))
-        self.convz, self.convr, self.convq = gate(), gate(), gate()
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        self.convz = nn.Conv2d(hidden + inputs, hidden, kernel, padding=padding)
+        self.convr = nn.Conv2d(hidden + inputs, hidden, kernel, padding=padding)
+        self.convq = nn.Conv2d(hidden + inputs, hidden, kernel, padding=padding)
 
     def forward(self, hidden, x):
-        both = torch.cat([hidden, x], 1)
-        z, r = self.convz(both).sigmoid(), self.convr(both).sigmoid()
-        q = self.convq(torch.cat([r * hidden, x], 1)).tanh()
+        both = torch.cat([hidden, x], dim=1)
+        z = torch.sigmoid(self.convz(both))
+        r = torch.sigmoid(self.convr(both))
+        q = torch.tanh(self.convq(torch.cat([r * hidden, x], dim=1)))
         return (1 - z) * hidden + z * q
 
 
+# RAFT sec. 3.3
 class UpdateBlock(nn.Module):
-    """sec. 3.3: one step of the walk. Large has two recurrent units, one along the rows and one along the columns."""
+    """One step of the walk. RAFT-large has two GRUs: one along the rows, one along the columns."""
 
     def __init__(self, similarities, corr, flow, motion, hidden, context, kernels, head):
         super().__init__()
-        self.motion_encoder = nn.ModuleDict(dict(
-            convcorr1=conv(similarities, corr[0], 1), convcorr2=conv(*corr) if len(corr) == 2 else nn.Identity(),
-            convflow1=conv(2, flow[0], 7), convflow2=conv(*flow), conv=conv(corr[-1] + flow[-1], motion - 2)))
-        grus = [ConvGRU(hidden, context + motion, kernel) for kernel in kernels]
-        self.recurrent_block = nn.ModuleDict({f"convgru{i}": gru for i, gru in enumerate(grus, 1)})
-        self.flow_head = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(hidden, head, 3, padding=1), relu=nn.ReLU(), conv2=nn.Conv2d(head, 2, 3, padding=1)))
+        encode = self.motion_encoder = nn.Module()
+        encode.convcorr1 = conv(similarities, corr[0], 1)
+        encode.convcorr2 = conv(*corr) if len(corr) == 2 else nn.Identity()
+        encode.convflow1 = conv(2, flow[0], 7)
+        encode.convflow2 = conv(flow[0], flow[1])
+        encode.conv = conv(corr[-1] + flow[1], motion - 2)
+        self.recurrent_block = nn.ModuleDict()
+        for i, kernel in enumerate(kernels, 1):
+            self.recurrent_block[f"convgru{i}"] = ConvGRU(hidden, context + motion, kernel)
+        self.flow_head = nn.Sequential()
+        self.flow_head.conv1 = nn.Conv2d(hidden, head, 3, padding=1)
+        self.flow_head.relu = nn.ReLU()
+        self.flow_head.conv2 = nn.Conv2d(head, 2, 3, padding=1)
 
     def forward(self, hidden, context, similar, flow):
-        e = self.motion_encoder
-        seen = torch.cat([e.convcorr2(e.convcorr1(similar)), e.convflow2(e.convflow1(flow))], 1)   # (N, C, h, w)
-        x = torch.cat([context, e.conv(seen), flow], 1)                          # (N, C, h, w)
+        encode = self.motion_encoder
+        similar = encode.convcorr2(encode.convcorr1(similar))           # (N, C, h, w)
+        moved = encode.convflow2(encode.convflow1(flow))                # (N, C, h, w)
+        motion = encode.conv(torch.cat([similar, moved], dim=1))        # (N, C, h, w)
+        x = torch.cat([context, motion, flow], dim=1)                   # (N, C, h, w)
         for gru in self.recurrent_block.values():
-            hidden = gru(hidden, x)                                              # (N, C, h, w)
-        return hidden, self.flow_head(hidden)                                    # (N, C, h, w), (N, 2, h, w)
+            hidden = gru(hidden, x)
+        return hidden, self.flow_head(hidden)                           # and a step (N, 2, h, w)
 
 
-# sec. 3.3 and appendix B: each of the 8 x 8 fine pixels is its own weighted mean of the 3 x 3 coarse ones around it
+# RAFT sec. 3.3, appendix B. A weighted mean keeps edges sharp where interpolation would blur them.
 def convex_upsample(flow, mask):
-    """flow (N, 2, h, w) in cells, mask (N, 9 * 8 * 8, h, w) -> flow (N, 2, 8 h, 8 w) in px; keeps edges sharp."""
+    """Flow (N, 2, h, w) in cells, mask (N, 9 * 8 * 8, h, w) -> flow (N, 2, H, W) in pixels.
+    Each pixel's flow is its own weighted mean of the 3 x 3 cells around it."""
     N, _, h, w = flow.shape
-    weights = mask.view(N, 9, 8, 8, h, w).softmax(1)                             # i, j: the place inside a cell
+    weights = mask.view(N, 9, 8, 8, h, w).softmax(dim=1)
     around = F.unfold(8 * flow, 3, padding=1).view(N, 2, 9, h, w)
-    return torch.einsum("nkijhw,nckhw->nchiwj", weights, around).reshape(N, 2, 8 * h, 8 * w)
+    # k: neighbour, c: u or v, (i, j): the pixel's place inside its cell (h, w)
+    fine = torch.einsum("nkijhw,nckhw->nchiwj", weights, around)        # (N, 2, h, 8, w, 8)
+    return fine.reshape(N, 2, 8 * h, 8 * w)
 
 
 class RAFT(nn.Module):
-    """RAFT of size "large" (5,257,536 parameters) or "small" (990,162); VideoJAM takes its optical flow from it.
-    raft(frame1, frame2, iters=12): (N, 3, H, W) in [-1, 1] twice -> flow (N, 2, H, W) in px from frame 1 to frame 2.
-    ValueError for an unknown size, frames of different shapes, or a side under 121 px (estimate_flow takes any)."""
+    """RAFT, "large" (5,257,536 parameters) or "small" (990,162).
+    raft(frame1, frame2): (N, 3, H, W) in [-1, 1] twice -> flow (N, 2, H, W) in pixels from
+    frame 1 to frame 2. ValueError for sides under 121 px; estimate_flow takes any size."""
 
     def __init__(self, size="large"):
         super().__init__()
-        if size not in RAFT_SIZES:
+        if size not in SIZES:
             raise ValueError(f"found RAFT size {size!r}, expected 'large' or 'small'")
-        s = RAFT_SIZES[size]
-        self.hidden, self.context, self.radius = s["hidden"], s["context"], s["radius"]
-        self.feature_encoder = encoder(s["widths"], s["features"], nn.InstanceNorm2d, s["bottleneck"])
-        self.context_encoder = encoder(s["widths"], s["hidden"] + s["context"], s["context_norm"], s["bottleneck"])
-        self.update_block = UpdateBlock(LEVELS * (2 * s["radius"] + 1)**2, s["corr"], s["flow"], s["motion"],
-                                        s["hidden"], s["context"], s["kernels"], s["head"])
-        mask = nn.Sequential(OrderedDict(convrelu=conv(s["hidden"], 256), conv=nn.Conv2d(256, 9 * 8 * 8, 1)))
-        self.mask_predictor = mask if size == "large" else None
+        s = SimpleNamespace(**SIZES[size])
+        self.radius = s.radius
+        self.split = [s.hidden, s.context]
+        self.feature_encoder = encoder(s.widths, s.features, nn.InstanceNorm2d, s.bottleneck)
+        self.context_encoder = encoder(s.widths, sum(self.split), s.context_norm, s.bottleneck)
+        similarities = LEVELS * (2 * s.radius + 1) ** 2
+        self.update_block = UpdateBlock(
+            similarities, s.corr, s.flow, s.motion, s.hidden, s.context, s.kernels, s.head)
+        self.mask_predictor = None
+        if size == "large":
+            self.mask_predictor = nn.Sequential()
+            self.mask_predictor.convrelu = conv(s.hidden, 256)
+            self.mask_predictor.conv = nn.Conv2d(256, 9 * 8 * 8, 1)
 
     def forward(self, frame1, frame2, iters=12):
         H, W = frame1.shape[-2:]
         if frame1.ndim != 4 or frame1.shape != frame2.shape or min(H, W) + 7 < MIN_SIDE:
-            raise ValueError(f"found frames {tuple(frame1.shape)} and {tuple(frame2.shape)}, expected the same shape "
-                             f"(N, 3, H, W) with sides of {MIN_SIDE} px or more (estimate_flow enlarges smaller ones)")
-        frames = torch.cat([frame1, frame2])                                     # (2N, 3, H, W)
-        if H % 8 or W % 8:
-            frames = F.pad(frames, (0, -W % 8, 0, -H % 8), mode="replicate")     # (2N, 3, 8h, 8w)
-        pyramid = correlation_pyramid(*self.feature_encoder(frames).chunk(2))    # LEVELS of (N h w, 1, h/2^l, w/2^l)
-        hidden, context = self.context_encoder(frames.chunk(2)[0]).split([self.hidden, self.context], dim=1)
-        hidden, context = hidden.tanh(), context.relu()                          # the memory's start; what stays
-        rows, columns = (torch.arange(n, device=hidden.device) for n in hidden.shape[-2:])
-        home = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))         # (2, h, w) each cell's own (x, y)
-        flow = torch.zeros_like(hidden[:, :2])                                   # (N, 2, h, w) in cells of 8 px
+            raise ValueError(
+                f"found frames {tuple(frame1.shape)} and {tuple(frame2.shape)}, expected the same "
+                f"shape (N, 3, H, W), sides of {MIN_SIDE} px or more (estimate_flow takes any)")
+        frames = torch.cat([frame1, frame2])                            # (2N, 3, H, W)
+        frames = F.pad(frames, (0, -W % 8, 0, -H % 8), mode="replicate")    # (2N, 3, 8h, 8w)
+        frame1 = frames.chunk(2)[0]
+        features1, features2 = self.feature_encoder(frames).chunk(2)    # (N, C, h, w) each
+        pyramid = correlation_pyramid(features1, features2)
+        hidden, context = self.context_encoder(frame1).split(self.split, dim=1)
+        hidden = hidden.tanh()                                          # changes in every step
+        context = context.relu()                                        # stays
+
+        h, w = hidden.shape[-2:]
+        x = torch.arange(w, device=hidden.device)
+        y = torch.arange(h, device=hidden.device)
+        home = torch.stack(torch.meshgrid(x, y, indexing="xy"))         # (2, h, w) own places
+        flow = torch.zeros_like(hidden[:, :2])                          # (N, 2, h, w) in cells
         for _ in range(iters):
-            similar = look_up(pyramid, home + flow, self.radius)                 # (N, LEVELS K², h, w)
-            hidden, step = self.update_block(hidden, context, similar, flow)     # (N, C, h, w), (N, 2, h, w)
-            flow = flow + step                                                   # (N, 2, h, w)
+            similar = look_up(pyramid, home + flow, self.radius)
+            hidden, step = self.update_block(hidden, context, similar, flow)
+            flow = flow + step
+
         if self.mask_predictor is None:
-            flow = 8 * F.interpolate(flow, scale_factor=8, mode="bilinear", align_corners=True)   # (N, 2, 8h, 8w)
+            flow = F.interpolate(8 * flow, scale_factor=8, mode="bilinear", align_corners=True)
         else:
-            mask = 0.25 * self.mask_predictor(hidden)                            # (N, 9 * 64, h, w); trained with 0.25
-            flow = convex_upsample(flow, mask)                                   # (N, 2, 8h, 8w)
-        return flow[..., :H, :W]                                                 # (N, 2, H, W)
+            mask = 0.25 * self.mask_predictor(hidden)                   # trained with this 0.25
+            flow = convex_upsample(flow, mask)
+        return flow[..., :H, :W]                                        # (N, 2, H, W) in pixels
 
 
-# ---- Weights --------------------------------------------------------------------------------------------------------
-PUBLISHED = dict(large="https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth",   # the end of a name
-                 small="https://download.pytorch.org/models/raft_small_C_T_V2-01064c6d.pth")        # is the file's hash
+# -------------------------------------------------------------------------------------------------
+# Weights
+
+# The end of a name is the file's hash.
+PUBLISHED = {
+    "large": "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth",
+    "small": "https://download.pytorch.org/models/raft_small_C_T_V2-01064c6d.pth"
+}
 
 
 def load_raft(size="large", weights=None):
-    """RAFT in eval mode without gradients. weights: the path of a file with torchvision's names (size=None: whichever
-    size it holds); None downloads torchvision's own, hash checked (size=None: large). VideoJAM's estimator (app. C).
-    FileNotFoundError: no such file, or no network. ValueError: a damaged file, or one that is not RAFT of that size."""
-    with torch.device("meta"):          # shapes only, no memory; RAFT itself refuses an unknown size
-        nets = {s: RAFT(s).state_dict() for s in (size or "large", *RAFT_SIZES)}
+    """RAFT for estimate_flow, from a file in torchvision's names, or downloaded where it is None.
+    size=None: the size that the file holds. FileNotFoundError: no such file, or no network.
+    ValueError: a damaged file, or not a RAFT of that size."""
+    if size not in (None, *SIZES):
+        raise ValueError(f"found RAFT size {size!r}, expected 'large' or 'small'")
     url = PUBLISHED[size or "large"]
-    state = read_weights(weights) if weights else fetch_weights(url)
-    shapes = lambda tensors: {name: value.shape for name, value in tensors.items()}
-    found = next((s for s in nets if shapes(nets[s]) == shapes(state)), None)
-    if found is None or size not in (None, found):
-        advice = f"looks like RAFT-{found}: ask for size={found!r}" if found else f"is no RAFT: get {url}"
-        raise ValueError(f"{weights or url}: found {len(state)} tensors, {list(state)[:1]} ..., expected the names "
-                         f"and shapes of torchvision's RAFT-{size or 'large or -small'}: this file {advice}")
-    raft = RAFT(found)
-    raft.load_state_dict(state, strict=True)
+    state = read_weights(weights) if weights else download(url)
+    found = "large" if "mask_predictor.conv.weight" in state else "small"
+    raft = RAFT(size or found)
+    try:
+        raft.load_state_dict(state)
+    except RuntimeError:        # it lists every tensor
+        raise ValueError(
+            f"{weights}: found {len(state)} tensors, most like RAFT-{found}, expected those of "
+            f"torchvision's RAFT-{size or found}: ask for another size, or get {url}") from None
     return raft.eval().requires_grad_(False)
 
 
 def read_weights(path):
-    """A file of weights -> {name: tensor}. The checksums beside the tensors catch what would load as a wrong weight."""
+    """A file of weights -> {name: tensor}."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file of RAFT weights at {str(path)!r}: set another path (config key flow.weights)")
+        raise FileNotFoundError(f"no RAFT weights at {str(path)!r}: set flow.weights to their file")
     try:
-        damage = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()    # torch.load ignores the checksums
+        # torch.load ignores the checksums in the file: a flipped bit would be a wrong weight.
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:          # damaged bytes raise a dozen different types
-        damage, state = type(error).__name__, None
-    if damage or not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: found {damage or type(state).__name__}, expected an undamaged file that torch.save "
-                         f"wrote, with torchvision's RAFT names: get the file again")
+        damaged = damaged or not all(isinstance(value, torch.Tensor) for value in state.values())
+    except Exception:       # damaged bytes raise a dozen different types
+        damaged = True
+    if damaged:
+        raise ValueError(
+            f"{path}: found damaged bytes or no tensors, expected a file of torch.save with "
+            f"torchvision's RAFT names: get the file again")
     return state
 
 
-def fetch_weights(url):
-    """torchvision's published weights {name: tensor}, through torch.hub's cache."""
+def download(url):
+    """torchvision's published weights {name: tensor}, kept in torch.hub's cache."""
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:          # no network, a proxy's answer, a wrong hash, a broken file in the cache
-        raise FileNotFoundError(f"cannot fetch {url} ({type(error).__name__}: {error}): download it where there is a "
-                                f"network and pass its path (config key flow.weights)") from error
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:      # no network, a proxy's answer, a wrong hash, a broken cache
+        raise FileNotFoundError(
+            f"cannot fetch {url} ({type(error).__name__}: {error}): download it where there is "
+            f"a network and set flow.weights to its path") from error
 
 
-# ---- Whole videos: VideoJAM's motion signal for real clips (sec. 4.1, app. C) ---------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Whole videos
+
+
+# Sec. 4.1, appendix C: the optical flow of real clips
 @torch.no_grad()
 def estimate_flow(video, raft, iters=12, pairs=12):
-    """Video (B, 3, T, H, W) in [-1, 1] -> optical flow (B, 2, T, H, W) in px from each frame to the next. Sec. 4.1.
-    The last frame repeats the flow before it (zeros when T = 1); pairs = frame pairs per call of RAFT, for memory only.
-    Sides under 128 px are enlarged for RAFT, the flow divided, per axis. ValueError: another shape, or pairs < 1."""
-    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point() or pairs < 1:
-        raise ValueError(f"found a video {tuple(video.shape)} {video.dtype} and pairs={pairs}, "
-                         f"expected float (B, 3, T, H, W) and pairs of 1 or more")
+    """Video (B, 3, T, H, W) in [-1, 1] -> optical flow (B, 2, T, H, W) in pixels per frame.
+    The last frame has no next one and repeats the flow before it; one frame alone has zeros.
+    RAFT sees `pairs` pairs of frames at a time, to save memory. ValueError: another shape."""
+    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+        shape = tuple(video.shape)
+        raise ValueError(f"found a video {shape} {video.dtype}, expected float (B, 3, T, H, W)")
     B, _, T, H, W = video.shape
     if T < 2:
         return video.new_zeros(B, 2, T, H, W)
-    tall, wide = max(H, MIN_SIDE), max(W, MIN_SIDE)
-    resize = lambda x, *size: x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
-    shrink = video.new_tensor([W / wide, H / tall]).view(2, 1, 1)                # u lies along the width, v the height
-    frames = video.transpose(1, 2)                                               # (B, T, 3, H, W)
-    now, after = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)       # (B (T-1), 3, H, W) each
-    flow = torch.cat([resize(raft(resize(a, tall, wide), resize(b, tall, wide), iters=iters), H, W) * shrink
-                      for a, b in zip(now.split(pairs), after.split(pairs))])    # (B (T-1), 2, H, W)
-    flow = flow.view(B, T - 1, 2, H, W).transpose(1, 2)                          # (B, 2, T-1, H, W)
-    return torch.cat([flow, flow[:, :, -1:]], dim=2)                             # (B, 2, T, H, W)
+    # RAFT sees small frames enlarged. Its flow is shrunk again: u with the width, v the height.
+    height = max(H, MIN_SIDE)
+    width = max(W, MIN_SIDE)
+    shrink = video.new_tensor([W / width, H / height]).view(2, 1, 1)
+
+    frames = video.transpose(1, 2)                                      # (B, T, 3, H, W)
+    now = frames[:, :-1].flatten(0, 1)                                  # (B (T-1), 3, H, W)
+    after = frames[:, 1:].flatten(0, 1)                                 # (B (T-1), 3, H, W)
+    found = []
+    for frame1, frame2 in zip(now.split(pairs), after.split(pairs)):
+        frame1 = F.interpolate(frame1, (height, width), mode="bilinear")
+        frame2 = F.interpolate(frame2, (height, width), mode="bilinear")
+        flow = raft(frame1, frame2, iters=iters)                        # (N, 2, height, width)
+        found.append(F.interpolate(flow, (H, W), mode="bilinear") * shrink)
+    flow = torch.cat(found).view(B, T - 1, 2, H, W).transpose(1, 2)     # (B, 2, T-1, H, W)
+    return torch.cat([flow, flow[:, :, -1:]], dim=2)                    # (B, 2, T, H, W)

@@ -1,636 +1,662 @@
-"""The paper's experiments on a world whose motion is known exactly: Fig. 3, Fig. 8, Tabs. 1 and 3, and the report.
+"""The paper's experiments, on a world whose motion is known exactly.
 
-    python probe.py permute                                  # Fig. 3: does the loss notice that frames were shuffled?
-    python probe.py sdedit                                   # Fig. 8: by which step are motion and appearance settled?
-    python probe.py ablate                                   # Tabs. 1, 3: base, control, VideoJAM, its ablations, read from the pixels
-    python probe.py speed preset=small                       # clips, tokens and FLOPs per second, memory; key=value as train.py takes them
-    torchrun --nproc_per_node=2 -- probe.py ablate --run runs/hour      # without the -- torchrun takes --run for its own
+    python probe.py report --run runs/tiny  # colours, directions, coherence of each stage's clips
+    python probe.py permute                 # Fig. 3: does the loss notice shuffled frames?
+    python probe.py sdedit                  # Fig. 8: when are motion and appearance settled?
+    python probe.py ablate                  # Tabs. 1 and 3, Fig. 7
+    python probe.py predicates              # are the rules that read motion from pixels right?
+    python probe.py plan preset=4b gpus=32  # parameters, FLOPs, hours and memory, on paper
+    python probe.py speed preset=small      # clips, tokens and FLOPs per second, measured
 
-Results go to <run>/probe as CSV and PNG. Letters: T frames, H height, W width, z = [x, d] appearance and motion latents, t flow-matching
-time (0 noise, 1 data), k a step of the sampler's schedule.
+Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
+as VideoJAM. All models get the same prompts and the same noise, so differences are paired.
+
+Letters: z = [x, d] appearance and motion latents (B, 2C, T, H, W), z0 noise, z1 data; k a step of
+sampling, t its time (0 noise, 1 data).
 """
 import argparse
 import csv
-import ctypes
+import itertools
 import json
 import math
-import os
 import pathlib
-import re
-import shlex
-import sys
+import resource
 import time
-import types
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
-import flow
 import metrics
-import model as nets
 import sample
 import train
+from flow import flow_to_rgb, rgb_to_flow
 
-AT_ONCE = 32                                                                    # clips in a batch
+HITS = ("colour", "direction", "motion", "shape")   # right or wrong: Wilson's interval
+SHARES = (*HITS, "lost")                            # in percent
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by the experiments.
-
-def command(run, stage):
-    """The line that trains a stage of this run, with every setting in which the run differs from its preset."""
-    config = common.flatten(common.read_config(pathlib.Path(run) / "config.json"))
-    usual = common.flatten(common.load_config([f"preset={config['preset']}"]))
-    usual |= dict(run="", stages="", precision=config["precision"], device=config["device"])
-    config |= dict(run=str(run), stages=",".join(dict.fromkeys(("tae", "base", stage))))
-    return shlex.join(["python", "train.py"] + [f"{key}={value}" for key, value in config.items() if key == "preset" or value != usual[key]])
+# -------------------------------------------------------------------------------------------------
+# Shared by the experiments
 
 
-def load(a, *stages):
-    """Those of the stages that the run has, name -> model, and its config; says how to train a missing one."""
+def load_models(run, device="", stages=common.STAGES[1:]):
+    """Those of the stages that are trained: {stage: model}, and the config."""
     models = {}
     for stage in stages:
-        if (pathlib.Path(a.run) / f"{stage}.pt").exists():
-            models[stage] = common.load_run(a.run, stage, a.device)
-        elif (pathlib.Path(a.run) / "config.json").exists():
-            common.print0(f"no {stage}.pt in {a.run}; to have it: {command(a.run, stage)}")
+        if pathlib.Path(run, f"{stage}.pt").exists():
+            models[stage] = common.load_run(run, stage, device)
+        else:
+            print(f"{run} has no {stage}.pt, so it is left out: train.py stages={stage} makes it")
     if not models:
-        raise FileNotFoundError(f"{a.run} has none of {', '.join(stages)}: train it first, python train.py run={a.run}")
+        raise FileNotFoundError(f"{run} has none of {', '.join(stages)}: train first, "
+                                f"python train.py run={run}")
     config = next(iter(models.values())).config
-    if config["data"]["root"]:
-        raise ValueError(f"{a.run} was trained on {config['data']['root']}: the probe needs the embedded world, whose motion is known exactly")
+    if config.data.root:
+        raise ValueError(f"{run} was trained on {config.data.root}, expected the embedded world, "
+                         "whose motion is known: take a run without data.root")
     return models, config
 
 
-def batches(a, world, device):
-    """This rank's share of the clips, up to AT_ONCE at a time: (their numbers, the batch)."""
-    for first in range(AT_ONCE * common.RANK, a.clips, AT_ONCE * common.WORLD):
-        index = list(range(first, min(first + AT_ONCE, a.clips)))
-        yield index, world.batch(index, device)
+@torch.no_grad()
+def through_tae(model, video, motion=False):
+    """Clips (B, 3, T, H, W) encoded and decoded again, on the CPU."""
+    clips = []
+    for clip in video.split(sample.AT_ONCE):
+        z = model.tae.encode(clip.to(model.device), motion)
+        clips.append(model.tae.decode(z, video.shape[2], motion).clamp(-1, 1).cpu())
+    return torch.cat(clips)
 
 
-def gather(rows):
-    """The rows of all ranks, in order of their clips."""
-    lists = [rows] * common.WORLD
-    if common.WORLD > 1:
-        dist.all_gather_object(lists, rows)
-    return sorted((row for part in lists for row in part), key=lambda row: row["clip"])
+def score(videos, prompts, flows=None):
+    """The metrics of each clip, a list of dicts; flows: the optical flow generated with them."""
+    flows = [None] * len(prompts) if flows is None else flows
+    words = [data.parse(prompt) for prompt in prompts]
+    return [metrics.read_clip(*clip) for clip in zip(videos, words, flows)]
 
 
-def grouped(rows, key):
-    """The value of the key -> its rows."""
-    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
+def summary(rows, metric):
+    """(mean, low, high) over the clips to which the metric applies."""
+    values = [row[metric] for row in rows if not math.isnan(row[metric])]
+    if metric in HITS and values:
+        return sum(values) / len(values), *metrics.wilson(sum(values), len(values))
+    return metrics.bootstrap(values)
 
 
-def write_csv(path, rows):
+def cell(numbers, metric, sign=""):
+    """(mean, low, high) as text; with sign="+" a difference, of shares in points."""
+    if math.isnan(numbers[0]):
+        return "-"
+    if metric not in SHARES:
+        mean, low, high = [f"{number:{sign}.2f}" for number in numbers]
+        return f"{mean} [{low}, {high}]"
+    mean, low, high = [f"{100 * number:{sign}.0f}" for number in numbers]
+    return f"{mean}{'' if sign else ' %'} [{low}, {high}]"
+
+
+def print_table(title, heads, lines):
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(heads, *lines)]
+    for line in [heads, *lines]:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+def write_csv(run, name, rows):
+    path = pathlib.Path(run, "probe", f"{name}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     print(path)
 
 
-def cell(mean, low, high, share=False, sign=""):
-    """A mean and its interval as text: a share in percent, a difference with its sign (of shares: in points)."""
-    scale, digits, unit = (100, 0, "" if sign else " %") if share else (1, 2, "")
-    show = lambda x: f"{scale * x:{sign}.{digits}f}"
-    return "-" if math.isnan(mean) else f"{show(mean)}{unit} [{show(low)}, {show(high)}]"
+def write_side_by_side(path, streams, numbers, frames=4):
+    """A sheet with a line per clip: some frames of each stream {name: (B, 3, T, H, W)}."""
+    sheet = []
+    for i in numbers:
+        line = []
+        for clips in streams.values():
+            shown = torch.linspace(0, clips.shape[2] - 1, frames).round().long()
+            line += [clips[i][:, shown], torch.ones_like(clips[i][:, :1])]     # a white frame
+        sheet.append(torch.cat(line[:-1], dim=1))
+    common.write_sheet(path, sheet, columns=sheet[0].shape[1])
+    print(f"{path}: {' | '.join(streams)}")
 
 
-def markdown(heads, lines):
-    """A table; the first cell of each line is its name."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
-
-
-def plot(path, curves, xlabel, ylabel, times):
-    """curves: label -> {x: (mean, low, high)}; times: x -> t, a second axis if any. Without matplotlib no picture: the CSV has the numbers."""
+def plot_steps(run, name, rows, value, label):
+    """One curve per stage over the steps of sampling, with their times t above; also as a table."""
+    curves = {}
+    for row in rows:
+        curves.setdefault(row["stage"], []).append(row)
+    lines = []
+    for points in zip(*curves.values()):
+        cells = [cell((point[value], point["low"], point["high"]), value) for point in points]
+        lines.append([str(points[0]["step"]), f"{points[0]['t']:.3f}", *cells])
+    print_table(f"{label} [95 % interval]", ["step", "t", *curves], lines)
+    write_csv(run, name, rows)
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no curve: matplotlib is missing, pip install matplotlib")
-    figure = Figure(figsize=(6, 4), layout="tight")
+        return print("no curves: matplotlib is missing, pip install matplotlib")
+    figure = Figure(layout="tight")
     axes = figure.subplots()
-    for label, curve in curves.items():
-        mean, low, high = zip(*curve.values())
-        axes.fill_between(list(curve), low, high, alpha=0.25)
-        axes.plot(list(curve), mean, label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    for stage, points in curves.items():
+        steps = [point["step"] for point in points]
+        axes.plot(steps, [point[value] for point in points], label=stage)
+        low = [point["low"] for point in points]
+        high = [point["high"] for point in points]
+        axes.fill_between(steps, low, high, alpha=0.25)
+    axes.set(xlabel="step of sampling", ylabel=label)
     axes.legend()
-    if times:
-        some = list(times)[::max(1, len(times) // 6)]
-        axes.twiny().set(xlim=axes.get_xlim(), xticks=some, xticklabels=[f"{times[x]:.2f}" for x in some], xlabel="t")
-    figure.savefig(path, dpi=110)
-    print(path)
+    some = points[::max(1, len(points) // 6)]
+    axes.twiny().set(xlim=axes.get_xlim(), xlabel="t", xticks=[p["step"] for p in some],
+                     xticklabels=[f"{p['t']:.2f}" for p in some])
+    figure.savefig(pathlib.Path(run, "probe", f"{name}.png"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report: numbers read from pixels, on held-out prompts, beside what ground truth and reconstructions score.
+# -------------------------------------------------------------------------------------------------
+# How good is a run? train.py ends with this.
 
-@torch.no_grad()
-def read_tae(model, batch):
-    """PSNR of appearance; end-point error on moving pixels of the motion pictures read back, over their mean speed; both after the TAE."""
-    sigma = model.config["flow"]["sigma"]
-    rgb = flow.flow_to_rgb(batch["flow"], sigma)
-    video2, rgb2 = sample.reconstruct(model, batch["video"], rgb)
-    speed = batch["flow"].norm(dim=1)                                           # (B, T, H, W) px per frame
-    moving = speed > 0.25 * min(speed.shape[-2:]) / 64                          # a third of the slowest named motion
-    error = (flow.rgb_to_flow(rgb2, sigma) - batch["flow"]).norm(dim=1)[moving].mean()
-    return {"psnr_db": metrics.psnr(batch["video"], video2), "epe_share": (error / speed[moving].mean()).item(), "speed_px": speed[moving].mean().item()}, video2
+REPORT = {"colour": "colour right", "direction": "direction right",
+          "roughness": "roughness, px", "lost": "object lost", "shape": "shape right"}
 
 
-def report(model, seed=0, **options):
-    """Measure a run of the embedded world; prints the tables, writes report-<stage>.json and .png, returns the numbers.
+def report(run, device="", seed=0, split="test", stages=common.STAGES[1:], count=64, out="report",
+           **options):
+    """Ground truth, the TAE and each stage on prompts of straight lines, read from the pixels.
 
-    What differs from the default settings stands in the files' names: report-videojam-w2-0.0.json.
+    options: those of sample.settings. Writes <run>/<out>.json and .png, returns the numbers.
     """
-    c, prompts = model.config, data.STRAIGHT
-    if c["data"]["root"]:
-        raise ValueError(f"the report reads the embedded world's pixels; {model.run} was trained on {c['data']['root']}")
-    world = data.open_data(c, "test")
-    truth, mixed = world.of_prompts(prompts), world.batch(range(64))
-    settings, usual = sample.settle(model, **options), sample.settle(model)
-    changed = [f"-{key}-{value}" for key, value in settings.items() if value != usual[key]] + [f"-seed-{seed}"] * (seed != 0)
-    changed += ["-literal"] * (c["guide_motion"] == "literal")
-    name = model.run / f"report-{model.stage}{''.join(changed)}"
-    numbers = {"stage": model.stage, "seed": seed, **settings, "guide_motion": c["guide_motion"], "tae_all_kinds": read_tae(model, mixed)[0]}
-    numbers["tae_straight"], recon = read_tae(model, truth)
-    video, motion = sample.generate(model, prompts, [seed + i for i in range(len(prompts))], **options)
-    print("\nTAE, held-out clips           appearance   motion read back: end-point error on moving pixels (an all-white picture: 100 %)")
-    for what, n in (("64 straight-line prompts", numbers["tae_straight"]), ("64 clips of all kinds", numbers["tae_all_kinds"])):
-        print(f"  {what:<26}{n['psnr_db']:8.1f} dB   {100 * n['epe_share']:.0f} % of their mean speed of {n['speed_px']:.2f} px per frame")
-    total = len(prompts)
-    print(f"{total} straight-line prompts, half held out, read from the pixels   colour right          direction right   [95 % interval]")
-    cell = lambda hits: "{:5.1f} % [{:.0f}, {:.0f}]".format(100 * hits / total, *metrics.interval(hits, total))
-    for whose, clips in (("ground truth", truth["video"]), ("reconstructions", recon), (f"samples of {model.stage}", video)):
-        colour, direction = metrics.read_clips(clips, prompts)
-        numbers[whose.split()[0]] = {"colour": colour / total, "direction": direction / total}
-        print(f"  {whose:<54}{cell(colour):<22}{cell(direction)}")
-    if motion is not None:                                                      # what the model says of its own clips
-        direction = metrics.read_motion(motion, prompts, c["flow"]["sigma"])
-        numbers["motion_pictures"] = {"direction": direction / total}
-        print(f"  {'their motion pictures, read back':<76}{cell(direction)}")
-    numbers["sheet"] = prompts[::9]
-    common.write_sheet(f"{name}.png", common.interleave(video[::9], None if motion is None else motion[::9]))       # every direction once
-    pathlib.Path(f"{name}.json").write_text(json.dumps(numbers, indent=1))
+    models, config = load_models(run, device, stages)
+    prompts = data.straight_prompts(split, count)
+    seeds = range(seed, seed + len(prompts))
+    truth = data.open_data(config, split).of_prompts(prompts)["video"]
+    streams = {"ground truth": truth}
+    for stage, model in models.items():
+        streams.setdefault("through the TAE", through_tae(model, truth))
+        streams[stage], motion = sample.generate(model, prompts, seeds, **options)
+
+    numbers = dict(seed=seed, split=split, settings=vars(sample.settings(model, **options)))
+    lines = []
+    for name, videos in streams.items():
+        rows = score(videos, prompts)
+        numbers[name] = {metric: summary(rows, metric) for metric in REPORT}
+        lines.append([name, *(cell(numbers[name][metric], metric) for metric in REPORT)])
+    title = f"{len(prompts)} straight lines, split {split}, seed {seed} [95 % interval]"
+    print_table(title, ["", *REPORT.values()], lines)
+    numbers["tae_psnr_db"] = metrics.psnr(truth, streams["through the TAE"])
+    print(f"TAE: {numbers['tae_psnr_db']:.1f} dB")
+    if motion is not None:
+        rows = []
+        for prompt, flow in zip(prompts, rgb_to_flow(motion, config.flow.sigma)):
+            said = metrics.motion_direction(flow)
+            rows.append(dict(direction=float(said == data.parse(prompt)["motion"])))
+        right = summary(rows, "direction")
+        numbers["motion pictures"] = dict(direction=right)
+        print(f"direction right in its motion pictures: {cell(right, 'direction')}")
+        streams["its motion"] = motion
+    some = range(0, len(prompts), 9)                    # each of the eight directions once
+    numbers["sheet"] = [prompts[i] for i in some]
+    common.write_text(f"{run}/{out}.json", json.dumps(numbers, indent=1))
+    del streams["through the TAE"]
+    write_side_by_side(f"{run}/{out}.png", streams, some)
     return numbers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Fig. 3
 
+
+def shuffle_frames(batch, orders):
+    """Clips with their frames in other orders (B, T), and the exact flow of these clips."""
+    videos, flows = [], []
+    for video, spec, order in zip(batch["video"], batch["spec"], orders.tolist()):
+        after = order[1:] + [order[-1] + 1]             # the last one goes on as it did before
+        videos.append(video[:, order])
+        flows.append(data.flow_between([spec], order, after, *video.shape[2:], video.device)[0])
+    return dict(video=torch.stack(videos), flow=torch.stack(flows))
+
+
+def appearance_loss(model, z1, z0, t, captions):
+    """Eq. 3, or the appearance half of Eq. 6, of each clip: (B,)."""
+    C = common.latent_size(model.config)[0]
+    if not model.motion:
+        z1, z0 = z1[:, :C], z0[:, :C]
+    t = t.expand(len(z1))
+    u = model.dit(train.interpolate(z1, z0, t), t, *model.text(captions))
+    return train.mse(u[:, :C], train.velocity(z1, z0)[:, :C])
+
+
+# Fig. 3. At t = 0 the input is noise alone, so no model can notice anything there.
 @torch.no_grad()
 def permute(a):
-    """Fig. 3: loss of a clip against the same clip with its frames shuffled in pixel space, under the same noise, by t: the schedule's, and uniform.
-
-    At t = 0 the input is noise and nothing can be noticed: the ratio there says only how far shuffled clips lie from the others.
-    """
-    models, config = load(a, "base", "control", "videojam")
-    one, world, C, S = next(iter(models.values())), data.open_data(config, "test"), config["tae"]["channels"], config["sample"]["steps"]
-    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"]).tolist()
-    points = [("schedule", k, times[k]) for k in range(0, S, max(1, S // 20))] + [("uniform", i, i / 20) for i in range(1, 20)]
-    compared = {name: (model, model.motion) for name, model in models.items()}
-    if "videojam" in models:                                                    # does the net notice, or only the motion that it is shown?
-        compared["videojam, d = 0"] = models["videojam"], False
-    order = torch.stack([torch.randperm(config["frames"], generator=common.generator(a.seed, "permute", i)) for i in range(a.clips)])   # (clips, T)
-    order = torch.where((order.diff() == 1).all(1, keepdim=True), order.roll(1, 1), order)     # never the identity
+    """The loss of clips with shuffled frames over that of the same clips, by step of sampling."""
+    models, config = load_models(a.run, a.device)
+    tae = next(iter(models.values())).tae
+    device = next(iter(models.values())).device
+    world = data.open_data(config, "test")
+    times = schedule(config)
+    steps = range(0, config.sample.steps, max(1, config.sample.steps // 20))
+    losses = {key: ([], []) for key in itertools.product(models, steps)}    # clean, shuffled
+    for numbers in data.chunks(0, a.count or 256, config):
+        draws = [common.generator(a.seed, "permute", i) for i in numbers]
+        orders = torch.stack([torch.randperm(config.frames, generator=g) for g in draws])
+        batch = world.batch(numbers, device)
+        clean = data.encode(tae, batch, config.flow.sigma)
+        shuffled = data.encode(tae, shuffle_frames(batch, orders), config.flow.sigma)
+        z0 = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in draws]).to(device)
+        for (stage, k), both in losses.items():
+            for values, z1 in zip(both, (clean, shuffled)):
+                t = times[k].to(device)
+                values += appearance_loss(models[stage], z1, z0, t, batch["caption"]).tolist()
     rows = []
-    for index, got in batches(a, world, one.device):
-        shuffled = torch.stack([video[:, p] for video, p in zip(got["video"], order[index])])
-        # The exact flow of the shuffled clip takes its frame k, which is frame p_k, to frame p_k+1; the last one on as before.
-        own = torch.stack([data.flow_between([spec], p, [*p[1:], p[-1] + 1], *world.shape[1:], one.device)[0]
-                           for spec, p in zip(got["spec"], order[index])])
-        encode = lambda video, d: data.encode(one.tae, dict(video=video, flow=d), config["flow"]["sigma"])
-        z = dict(clean=encode(got["video"], got["flow"]), own=encode(shuffled, own), original=encode(shuffled, got["flow"]))
-        noise = torch.stack([torch.randn(z["clean"].shape[1:], generator=common.generator(a.seed, "noise", i)) for i in index]).to(one.device)
-        for name, (model, shown) in compared.items():
-            text, streams = model.text(got["caption"]), slice(2 * C if model.motion else C)
-            for point in points:
-                t = torch.full((len(index),), point[2], device=one.device)      # (B,)
-                for frames in z if shown else ("clean", "own"):
-                    z1, z0 = z[frames][:, streams], noise[:, streams]           # (B, C or 2C, T, H, W)
-                    zt, v = train.interpolate(z1, z0, t), train.velocity(z1, z0)
-                    if not shown:
-                        zt[:, C:] = 0
-                    u = model.dit(zt, t, *text)
-                    errors = train.mse(u[:, :C], v[:, :C]).tolist(), train.mse(u[:, C:], v[:, C:]).tolist()     # Eqs. 3 and 6, clip by clip
-                    rows += [dict(model=name, point=point, frames=frames, clip=i, appearance=x, joint=x + d) for i, x, d in zip(index, *errors)]
-    rows = gather(rows)
-    return rows if common.RANK else report_permute(a, rows, S)
+    for (stage, k), (clean, shuffled) in losses.items():
+        row = dict(stage=stage, step=k, t=times[k].item())
+        row["clean"] = np.mean(clean)
+        row["shuffled"] = np.mean(shuffled)
+        row["ratio"], row["low"], row["high"] = metrics.ratio(shuffled, clean)
+        rows.append(row)
+    plot_steps(a.run, "permute", rows, "ratio", "appearance loss, shuffled over clean")
 
 
-def report_permute(a, rows, S):
-    """The ratio permuted / clean per model and t, with intervals over the clips."""
-    table, curves, out = [], dict(schedule={}, uniform={}), pathlib.Path(a.run) / "probe"
-    for model, its in grouped(rows, "model").items():
-        for (axis, k, t), clips in grouped(its, "point").items():
-            by = grouped(clips, "frames")
-            for loss, which in (("appearance", "own"), ("joint", "own"), ("joint", "original"))[:3 if "original" in by else 1]:
-                clean, permuted = ([r[loss] for r in by[frames]] for frames in ("clean", which))
-                ratio, low, high = metrics.bootstrap(permuted, over=clean)
-                table.append(dict(model=model, axis=axis, step=k, t=round(t, 4), flow_of=which, loss=loss, clean=np.mean(clean),
-                                  permuted=np.mean(permuted), ratio=ratio, low=low, high=high))
-                label, x = model if loss == "appearance" else f"joint, {which}", k if axis == "schedule" else t
-                curves[axis].setdefault(label, {})[x] = ratio, low, high
-    write_csv(out / "permute.csv", table)
-    print(f"\nloss of permuted / clean clips, {a.clips} of them [95 %]; joint: appearance + motion, own: against the flow of the shuffled clip\n")
-    steps, shown = {r["step"]: r["t"] for r in table if r["axis"] == "schedule"}, curves["schedule"]
-    print(markdown([f"step of {S} (t)", *shown], [[f"{k} ({t:.2f})", *(cell(*curve[k]) for curve in shown.values())] for k, t in steps.items()]))
-    for axis, xlabel, times in (("schedule", f"step of {S}", steps), ("uniform", "t", None)):
-        some = {label: curve for label, curve in curves[axis].items() if not label.startswith("joint")}
-        plot(out / f"permute-{axis}.png", some, xlabel, "appearance loss, permuted / clean", times)
-    return table
+def schedule(config):
+    """The times of sampling, (steps+1,)."""
+    steps = config.sample.steps
+    return sample.linear_quadratic_schedule(steps, steps // 2, config.sample.emulated)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Fig. 8
+
 
 @torch.no_grad()
 def sdedit(a):
-    """Fig. 8: noise a clip to step k, finish the generation with its own caption, and see what of the clip is left."""
-    models, config = load(a, "videojam")
-    model, sigma, S = models["videojam"], config["flow"]["sigma"], config["sample"]["steps"]
-    times = sample.linear_quadratic_schedule(S, S // 2, config["sample"]["emulated"])
-    steps, rows, kept = sorted({round(S * p / 100) for p in range(0, 101, 10)}), [], {}
-    for index, got in batches(a, data.open_data(config, "test"), model.device):
-        z1, z0 = data.encode(model.tae, got, sigma), sample.noise(model, [a.seed + i for i in index])
-        kept.setdefault("source", [got["video"].cpu(), flow.flow_to_rgb(got["flow"], sigma).cpu()])
-        for k in steps:
-            z = train.interpolate(z1, z0, times[k].to(model.device).expand(len(index)))
-            for _, _, z in sample.sampler(model, got["caption"], index, start=k, z=z):
-                pass
-            video, motion = (stream.cpu() for stream in sample.decode(model, z))
-            kept.setdefault(k, [video, motion])
-            for i, clip, source, spec in zip(index, video, got["video"].cpu(), got["spec"]):
-                seen, was = (metrics.see(v, spec["objects"][0]["color"]) for v in (clip, source))
-                gap = (seen.centroid - was.centroid)[seen.found & was.found]    # (frames where both are seen, 2)
-                rows.append(dict(step=k, clip=i, psnr=metrics.psnr(clip[None], source[None]), rms=(clip - source).square().mean().sqrt().item(),
-                                 place_px=gap.norm(dim=1).mean().item(), path_px=(gap - gap.mean(0)).norm(dim=1).mean().item()))
-    rows = gather(rows)
-    return rows if common.RANK else report_sdedit(a, rows, times, kept)
-
-
-def report_sdedit(a, rows, times, kept):
-    """What is left of the source by step, with intervals over the clips; a sheet of three clips finished from 20, 60, 80 % of the steps."""
-    S, out, by, table, curves = len(times) - 1, pathlib.Path(a.run) / "probe", {}, [], {}
-    for k, clips in grouped(rows, "step").items():
-        table.append(dict(step=k, t=round(times[k].item(), 4)))
-        for name in ("psnr", "rms", "place_px", "path_px"):
-            by[name, k] = metrics.bootstrap([r[name] for r in clips])
-            table[-1].update(zip((name, f"{name}_low", f"{name}_high"), by[name, k]))
-    write_csv(out / "sdedit.csv", table)
-    steps = {r["step"]: r["t"] for r in table}
-    print(f"\nwhat is left of the source, {a.clips} clips [95 %]; place: distance of the object's centre, path: the same after a common shift\n")
-    print(markdown([f"from step of {S} (t)", "PSNR dB", "place px", "path px"],
-                   [[f"{k} ({t:.2f})", *(cell(*by[name, k]) for name in ("psnr", "place_px", "path_px"))] for k, t in steps.items()]))
-    for name, label in (("place_px", "place of the object"), ("path_px", "its path"), ("rms", "pixels (RMS)")):
-        curves[label] = {k: np.array(by[name, k]) / max(r[name] for r in table) for k in steps}
-    plot(out / "sdedit.png", curves, f"step of {S}", "distance from the source, of its largest", steps)
-    some = ["source"] + sorted({round(S * p / 100) for p in (20, 60, 80)})
-    common.write_sheet(out / "sdedit-sheet.png", [stream[i] for i in range(min(3, a.clips)) for k in some for stream in kept[k]])
-    print(out / "sdedit-sheet.png")
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tabs. 1 and 3
-
-VARIANTS = {                                                                    # name -> (stage, how to sample)
-    "base": ("base", {}), "control": ("control", {}), "VideoJAM": ("videojam", {}),
-    "without text guidance": ("videojam", dict(w1=0.0)), "without Inner-Guidance": ("videojam", dict(w2=0.0)),
-    "without optical flow": ("videojam", dict(use_motion=False)), "IP2P guidance": ("videojam", dict(guidance="ip2p")),
-    "Eq. 8, other reading": ("videojam", {}),                                   # choice 4: the motion half to the letter, or not
-    "shown the true motion": ("videojam", dict(guidance="none")),               # not in the paper: how well do the frames follow a perfect d?
-}
-SIZES = ("small", "medium", "large")
-HITS = ("colour", "shape", "motion", "direction", "dynamic")                    # right or wrong
-SHARES = ("found", *HITS[:4], "speed_error", "dynamic")                         # in percent
-COLUMNS = (*SHARES[:5], "direction_error", "speed_error", "jerk", "area_variation", "parts", "dynamic", "warp", "agreement")
-
-
-@torch.no_grad()
-def show_motion(model, prompts, seeds, d, **options):
-    """Sample with d_t overwritten at every step by the true flow d (B, 2, T, H, W), noised to that t -> video and motion picture."""
-    C, z0 = model.config["tae"]["channels"], sample.noise(model, seeds)
-    d1 = model.tae.encode(flow.flow_to_rgb(d, model.config["flow"]["sigma"]).to(model.device), motion=True)
-    for _, t, z in sample.sampler(model, prompts, seeds, z=z0.clone(), **options):
-        z[:, C:] = t * d1 + (1 - t) * z0[:, C:]                                 # the sampler goes on from this very tensor
-    return [clip.cpu() for clip in sample.decode(model, z)]
-
-
-def clips_of(a, name, prompts, d):
-    """The variant's clips (B, 3, T, H, W) and motion pictures or None, made AT_ONCE at a time and kept; a batch already made is not made again."""
-    stage, options = VARIANTS[name]
-    model = common.load_run(a.run, stage, a.device)
-    if name.startswith("Eq. 8"):
-        model.config["guide_motion"] = "text" if model.config["guide_motion"] == "literal" else "literal"
-    checksum = common.read_weights(pathlib.Path(a.run) / f"{stage}.pt")["checksum"]
-    folder, paths = pathlib.Path(a.run) / "probe" / "clips" / name.replace(" ", "-").lower(), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, len(prompts), AT_ONCE):
-        paths.append(folder / f"{first}.pt")
-        some, mine = prompts[first:first + AT_ONCE], first // AT_ONCE % common.WORLD == common.RANK
-        key = json.dumps([checksum, options, model.config["sample"], model.config["guide_motion"], a.seed, some])
-        if not mine or paths[-1].exists() and torch.load(paths[-1], weights_only=True).get("key") == key:
-            continue
-        seeds = [a.seed + first + i for i in range(len(some))]
-        if name == "shown the true motion":
-            streams = show_motion(model, some, seeds, d[first:first + AT_ONCE], **options)
-        else:
-            streams = sample.generate(model, some, seeds, bar=common.RANK == 0, at_once=AT_ONCE, **options)
-        streams = [((v + 1) * 127.5).round().byte() for v in streams if v is not None]
-        torch.save(dict(key=key, streams=streams), f"{paths[-1]}.tmp")
-        os.replace(f"{paths[-1]}.tmp", paths[-1])
-    common.barrier()
-    parts = zip(*(torch.load(path, weights_only=True)["streams"] for path in paths))
-    video, *motion = (torch.cat(part).float() / 127.5 - 1 for part in parts)
-    return video, motion[0] if motion else None
-
-
-def side_by_side(clips, frames=4):
-    """Clips (3, T, H, W) in one line of a sheet: `frames` of each, a white frame between two of them."""
-    pick = torch.linspace(0, clips[0].shape[1] - 1, min(frames, clips[0].shape[1])).round().long()
-    white = torch.ones_like(clips[0][:, :1])
-    return torch.cat([part for clip in clips for part in (clip[:, pick], white)][:-1], dim=1)
-
-
-def score(name, video, flows, prompts, config):
-    """One row of metrics per clip."""
+    """Noise clips to step k and finish them with their own captions: what of them is left?"""
+    models, config = load_models(a.run, a.device)
+    count = a.count or 32
+    batch = data.open_data(config, "test").batch(range(count))
+    source = batch["video"]
+    seeds = range(a.seed, a.seed + count)
+    times = schedule(config)
+    C, steps = common.latent_size(config)[0], config.sample.steps
     rows = []
-    for i in range(common.RANK, len(prompts), common.WORLD):
-        words = data.parse(prompts[i])
-        row = metrics.read_clip(video[i], words, None if flows is None else flows[i], config["fps"], config["world"]["size"])
-        rows.append(dict(variant=name, clip=i, prompt=prompts[i], kind=words["kind"], asked=words["motion"], **row))
-    return gather(rows)
+    streams = {"source": source}
+    for stage, model in models.items():
+        z0 = sample.noise(model, seeds)
+        z1 = torch.zeros_like(z0)
+        z1[:, :C] = model.tae.encode(source.to(model.device))
+        # VideoJAM must not see how the source moves. Of its d nothing is known, so it is the mean
+        # of all d, which is 0, under as much fresh noise as the sampler has left at this step.
+        for k in sorted({round(steps * tenth / 10) for tenth in range(11)}):
+            z = train.interpolate(z1, z0, times[k].to(model.device).expand(count))
+            for _, _, z in sample.sampler(model, batch["caption"], seeds, start=k, z=z):
+                pass
+            videos = sample.decode(model, z)[0].cpu()
+            gaps = [path_gap(*clips) for clips in zip(videos, source, batch["spec"])]
+            row = dict(stage=stage, step=k, t=times[k].item())
+            row["place"], row["low"], row["high"] = metrics.bootstrap(gaps)
+            row["psnr_db"] = metrics.psnr(videos, source)
+            rows.append(row)
+            if k in (round(0.2 * steps), round(0.6 * steps), round(0.8 * steps)):
+                streams[f"{stage} from {k}"] = videos
+    plot_steps(a.run, "sdedit", rows, "place", "distance of the object from its place, px")
+    write_side_by_side(f"{a.run}/probe/sdedit-sheet.png", streams, range(min(3, count)))
 
 
-def read_prompts(a):
-    """The prompts that can be scored, and those that can only be shown: of --prompts, or of the held-out ones."""
-    wanted = list(data.PROMPTS)
-    if a.prompts:
-        if not pathlib.Path(a.prompts).is_file():
-            raise FileNotFoundError(f"--prompts {a.prompts}: no such file; expected a text file with one prompt per line")
-        wanted = [line.strip() for line in pathlib.Path(a.prompts).read_text().splitlines() if line.strip()]
-    count, scored, unread = min(a.clips, len(wanted)), [], []
-    for prompt in (wanted[i * len(wanted) // count] for i in range(count)):     # of every kind, as they are in order of kind
-        try:
-            words = data.parse(prompt)
-            if words.get("camera") or words["motion"] in data.PAIRED and len(words["objects"]) < 2:
-                raise ValueError(f"{prompt!r}: found a panning camera or a motion of two with one named, expected neither")
-            scored.append(prompt)
-        except ValueError as error:
-            unread.append(prompt)
-            common.print0(f"{error}; sampled, shown, not scored")
-    if not wanted:
-        raise ValueError(f"--prompts {a.prompts}: found an empty file, expected at least one prompt")
-    return scored, unread
+def path_gap(video, source, spec):
+    """Mean distance in px between the places of the named object in two clips; nan if lost."""
+    color = spec["objects"][0]["color"]
+    gap = metrics.track(video, color).centroid - metrics.track(source, color).centroid
+    return gap.norm(dim=1).nanmean().item()
+
+
+# -------------------------------------------------------------------------------------------------
+# Tabs. 1 and 3, Fig. 7
+
+VARIANTS = {                                            # name: (stage, how it samples)
+    "base": ("base", {}),
+    "control": ("control", {}),
+    "VideoJAM": ("videojam", {}),
+    "without text guidance": ("videojam", dict(w_text=0.0)),
+    "without Inner-Guidance": ("videojam", dict(w_motion=0.0)),
+    "without optical flow": ("videojam", dict(use_motion=False)),
+    "IP2P guidance": ("videojam", dict(guidance="ip2p")),
+    "shown the true motion": ("videojam", dict(guidance="none")),   # not in the paper
+}
+METRICS = ("motion", "direction", "colour", "shape", "lost", "roughness", "area_variation",
+           "agreement")
+
+
+def show_motion(model, prompts, seeds, d1, **options):
+    """Sample while d_t is the true motion d1, noised to each t: do the frames follow it?"""
+    C = common.latent_size(model.config)[0]
+    z0 = sample.noise(model, seeds)
+    for _, t, z in sample.sampler(model, prompts, seeds, z=z0.clone(), **options):
+        z[:, C:] = t * d1 + (1 - t) * z0[:, C:]         # the sampler goes on from this tensor
+    return [clips.cpu() for clips in sample.decode(model, z)]
 
 
 @torch.no_grad()
 def ablate(a):
-    """Tabs. 1 and 3 on 128 held-out prompts, the same seeds for all: every metric, by kind of motion and by the size of the object."""
-    models, config = load(a, "base", "control", "videojam")
-    prompts, unread = read_prompts(a)
-    sigma, out, rows, shown = config["flow"]["sigma"], pathlib.Path(a.run) / "probe", [], {}
-    true = torch.zeros(len(prompts + unread), 5, *(config[key] for key in ("frames", "height", "width")))       # 0: no truth of what cannot be read
-    if prompts:
-        truth = data.open_data(config, "test").of_prompts(prompts)
-        again, painted = sample.reconstruct(next(iter(models.values())), truth["video"], flow.flow_to_rgb(truth["flow"], sigma))
-        rows += score("ground truth", truth["video"], truth["flow"], prompts, config)
-        rows += score("reconstructions", again, flow.rgb_to_flow(painted, sigma), prompts, config)
-        true[:len(prompts)] = torch.cat([truth["video"], truth["flow"]], 1)
-        shown["ground truth"] = true[:, :3]
-    for name, (stage, _) in VARIANTS.items():
-        if stage in models:
-            video, motion = clips_of(a, name, prompts + unread, true[:, 3:])
-            rows += score(name, video, None if motion is None else flow.rgb_to_flow(motion, sigma), prompts, config)
-            if name in ("base", "control", "VideoJAM"):
-                shown[name] = video
-            if name == "VideoJAM":
-                shown["its motion"] = motion
-    if common.RANK:
-        return rows
-
-    count = min(8, len(prompts))                                                # eight of the scored prompts, and all that could not be read
-    some = [*(i * len(prompts) // count for i in range(count)), *range(len(prompts), len(prompts + unread))]
-    common.write_sheet(out / "ablate.png", [side_by_side([clips[i] for clips in shown.values()]) for i in some], columns=1000)
-    print(f"{out / 'ablate.png'}: {' | '.join(shown)}\nits rows: {' | '.join((prompts + unread)[i] for i in some)}")
-    if rows:
-        stats = summary(rows)
-        write_csv(out / "ablate-clips.csv", rows)
-        write_csv(out / "ablate.csv", stats)
-        (out / "ablate.md").write_text(tables(rows, stats))
-        print(tables(rows, stats))
-    return rows
+    """Every variant on the same prompts and noise, read from the pixels."""
+    models, config = load_models(a.run, a.device)
+    count = min(a.count or 128, len(data.PROMPTS))
+    prompts = [data.PROMPTS[i * len(data.PROMPTS) // count] for i in range(count)]
+    seeds = range(a.seed, a.seed + count)
+    truth = data.open_data(config, "test").of_prompts(prompts)
+    pictures = flow_to_rgb(truth["flow"], config.flow.sigma)
+    streams = {"ground truth": truth["video"]}
+    rows = {"ground truth": score(truth["video"], prompts, truth["flow"])}
+    again = through_tae(next(iter(models.values())), truth["video"])
+    rows["through the TAE"] = score(again, prompts)
+    for name, (stage, options) in VARIANTS.items():
+        if stage not in models:
+            continue
+        model = models[stage]
+        if name == "shown the true motion":
+            d1 = model.tae.encode(pictures.to(model.device), motion=True)
+            streams[name], motion = show_motion(model, prompts, seeds, d1, **options)
+        else:
+            streams[name], motion = sample.generate(model, prompts, seeds, **options)
+        flows = None if motion is None else rgb_to_flow(motion, config.flow.sigma)
+        rows[name] = score(streams[name], prompts, flows)
+    write_ablation(a.run, prompts, rows)
+    write_side_by_side(f"{a.run}/probe/ablate.png", streams, range(0, count, max(1, count // 8)))
 
 
-def summary(rows):
-    """Every metric's mean and 95 % interval per variant: over all clips, by kind of motion, by the object's size in the clip (Fig. 7)."""
-    cut, table = np.nanquantile([r["area"] for r in rows if r["variant"] == "ground truth"], (1 / 3, 2 / 3)), []
-    size = lambda r: "lost" if math.isnan(r["area"]) else SIZES[np.searchsorted(cut, r["area"])]
-    for variant, own in grouped(rows, "variant").items():
-        for group in ("all", *data.KINDS, *SIZES):
-            some = [r for r in own if group in ("all", r["kind"], size(r))]
-            for metric in COLUMNS:
-                values = [r[metric] for r in some if not math.isnan(r[metric])]
-                mean, low, high = metrics.bootstrap(values)
-                if metric in HITS and mean in (0, 1):                           # where all clips agree the bootstrap has no width: Wilson's interval
-                    low, high = (max(share, 0) / 100 for share in metrics.interval(mean * len(values), len(values)))
-                table.append(dict(variant=variant, group=group, clips=len(values), metric=metric, mean=mean, low=low, high=high))
-    return table
+def write_ablation(run, prompts, rows):
+    """rows {variant: metrics of each clip} as tables: all clips; less VideoJAM; by group."""
+    clips, table, whole, less, by_group = [], [], [], [], []
+    groups = groups_of(prompts, rows["ground truth"])
+    for name, its in rows.items():
+        clips += [dict(variant=name, prompt=prompt, **row) for prompt, row in zip(prompts, its)]
+        whole.append([name, *(cell(summary(its, metric), metric) for metric in METRICS)])
+        line = [name]
+        for group, members in groups.items():
+            some = [its[i] for i in members]
+            line.append(cell(summary(some, "motion"), "motion"))
+            for metric in METRICS:
+                mean, low, high = summary(some, metric)
+                table.append(dict(variant=name, group=group, clips=len(some), metric=metric,
+                                  mean=mean, low=low, high=high))
+        by_group.append(line)
+        line = [name]
+        for metric in METRICS:
+            own = [row[metric] for row in rows.get("VideoJAM", its)]
+            gap = metrics.paired(own, [row[metric] for row in its])
+            line.append(cell(gap, metric, sign="+"))
+        less.append(line)
+    write_csv(run, "ablate-clips", clips)
+    write_csv(run, "ablate", table)
+    print_table("all clips [95 % interval]", ["", *METRICS], whole)
+    print_table("VideoJAM less each, clip by clip (shares in points)", ["", *METRICS], less)
+    print_table("motion right, by kind and by size of the object", ["", *groups], by_group)
 
 
-def tables(rows, stats):
-    """Markdown of `summary`'s stats: all metrics; VideoJAM less each variant, clip by clip; motion right by kind and by size."""
-    own, found = grouped(rows, "variant"), {(r["variant"], r["group"], r["metric"]): (r["mean"], r["low"], r["high"]) for r in stats}
-    table = lambda heads, text_of, names: markdown(["", *heads], [[name, *(text_of(name, head) for head in heads)] for name in names])
-    every = lambda name, metric: cell(*found[name, "all", metric], metric in SHARES)
-    motion = lambda name, group: cell(*found[name, group, "motion"], True)
-    less = lambda name, metric: cell(*metrics.bootstrap([v[metric] - r[metric] for v, r in zip(own["VideoJAM"], own[name])]), metric in SHARES, "+")
-    text = [table(COLUMNS, every, own)]
-    if "VideoJAM" in own:
-        others = [name for name in own if name != "VideoJAM"]
-        text += ["VideoJAM less each, on the same prompts and seeds (shares in points):", table(COLUMNS, less, others)]
-    text += ["Motion right, by kind:", table(data.KINDS, motion, own)]
-    text += ["Motion right, by the object's size in the clip (cut at the ground truth's thirds; lost ones left out):", table(SIZES, motion, own)]
-    return "\n\n".join(text) + "\n"
+# Fig. 7: small objects are a limit of VideoJAM, as m of Eq. 5 shrinks with them.
+def groups_of(prompts, truth):
+    """{name: numbers of its clips}: all, by kind of motion, by thirds of the true object's area."""
+    kinds = [data.parse(prompt)["kind"] for prompt in prompts]
+    by_area = sorted(range(len(prompts)), key=[row["area"] for row in truth].__getitem__)
+    groups = {"all": range(len(prompts))}
+    for kind in data.KINDS:
+        groups[kind] = [i for i in range(len(prompts)) if kinds[i] == kind]
+    for name, third in zip(("small", "medium", "large"), np.array_split(by_area, 3)):
+        groups[name] = third
+    return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed.
-
-def peak_memory(device, reset=False):
-    """The most bytes taken since the last reset, of the GPU or resident in the process (Linux; elsewhere nan)."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if not os.path.exists("/proc/self/clear_refs"):
-        return math.nan
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)                                        # what was freed before goes back to the system
-        pathlib.Path("/proc/self/clear_refs").write_text("5")                   # VmHWM, the most that was resident, starts again
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+# Tabs. 4, 5, 7 -> Tabs. 1, 2, 6. VBench's scores in percent are stretched to these ranges.
+RANGES = {"aesthetic": (0, 100), "imaging": (0, 100), "subject": (14.62, 100),
+          "background": (26.15, 100), "smoothness": (70.6, 99.75), "dynamic": (0, 100)}
 
 
-def timed(device, work):
-    """Seconds that work() takes, the GPU's included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+# App. C.1
+def vbench_aggregate(**scores):
+    """The six scores of RANGES in percent -> (appearance, motion) in percent."""
+    part = {}
+    for name, (low, high) in RANGES.items():
+        part[name] = 100 * (scores[name] - low) / (high - low)
+    appearance = part["aesthetic"] + part["imaging"] + part["subject"] + part["background"]
+    return appearance / 4, (part["smoothness"] + 0.5 * part["dynamic"]) / 1.5
+
+
+# -------------------------------------------------------------------------------------------------
+# Do the predicates of metrics.py read ground truth right?
+
+
+def confusion(frames, side, count, seed=0):
+    """{motion: {predicate: which share of its true clips it accepts}}."""
+    world = data.MovingShapes(frames, side, side, seed, "val")
+    matrix = {}
+    for motion in data.MOTIONS:
+        prompts = data.fixed_prompts([motion], count)
+        accepted = dict.fromkeys(metrics.PREDICATES, 0)
+        for video, prompt in zip(world.of_prompts(prompts)["video"], prompts):
+            seen = metrics.look_at(video, data.parse(prompt))
+            for predicate in accepted:
+                accepted[predicate] += metrics.accepts(predicate, seen)
+        matrix[motion] = {predicate: n / count for predicate, n in accepted.items()}
+    return matrix
+
+
+def predicates(a):
+    """The confusion matrix at two sizes, in percent."""
+    for frames, side in ((8, 32), (16, 64)):
+        matrix = confusion(frames, side, a.count or 40, a.seed)
+        rows, lines, right, wrong = [], [], [], []
+        for k, (motion, shares) in enumerate(matrix.items(), 1):
+            rows.append(dict(motion=motion, **shares))
+            shown = [f"{100 * share:.0f}" if share else "." for share in shares.values()]
+            lines.append([f"{k} {motion}", *shown])
+            for predicate, share in shares.items():
+                if predicate == motion:
+                    right.append(share)
+                elif (motion, predicate) not in metrics.IMPLIED:
+                    wrong.append(share)
+        title = f"{frames} x {side} x {side}: a motion's clips, accepted by each predicate, in %"
+        print_table(title, ["", *map(str, range(1, len(rows) + 1))], lines)
+        print(f"right: {np.mean(right):.1%}, of each motion at least {min(right):.1%}")
+        print(f"wrong and not implied: {np.mean(wrong):.2%}, in a cell at most {max(wrong):.1%}")
+        write_csv(a.run, f"predicates-{frames}x{side}", rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# How large, how long? (App. C)
+
+
+def split_arguments(arguments, **numbers):
+    """key=value arguments -> the numbers that are named here, and a config of the others."""
+    rest = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in numbers:
+            rest.append(argument)
+        elif value.replace(".", "", 1).isdigit():
+            numbers[key] = float(value)
+        else:
+            raise ValueError(f"{argument}: expected a number")
+    return numbers, common.load_config(rest)
+
+
+def parameters(*nets):
+    return sum(p.numel() for net in nets for p in net.parameters())
+
+
+def forward_flops(config, motion):
+    """FLOPs of the DiT and its text encoder for one clip, counted on a device without memory."""
+    with torch.device("meta"):
+        text = common.build_text(config)
+        dit = common.build_dit(config, motion)
+        C, *size = dit.size
+        z = torch.empty(1, 2 * C if motion else C, *size)
+        t = torch.empty(1)
+    longest = "x" * (config.text.length - 1)            # and the end token
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dit(z, t, *text([longest]))
+    return counter.get_total_flops()
+
+
+def memory(config, gpus):
+    """{what: bytes} on each GPU while the joint net is trained."""
+    with torch.device("meta"):
+        text = common.build_text(config)
+        dit = common.build_dit(config, motion=True)
+    D = config.dit.dim
+    N = math.prod(dit.size[1:]) // dit.patch ** 2
+    hidden = dit.blocks[0].ffn.down.in_features
+    # What autograd keeps of one block: of every token 8 vectors of the residual stream and its
+    # norms in fp32, 11 in and around attention (14 in bf16), and 4 inside SwiGLU.
+    fp32 = config.precision == "fp32"
+    inside = 4 * (11 * D + 4 * hidden) if fp32 else 2 * (14 * D + 4 * hidden)
+    block = N * (4 * 8 * D + inside)
+    blocks = len(dit.blocks) * block
+    if config.checkpointing:                            # the inputs, and one block at a time
+        blocks = len(dit.blocks) * N * 4 * D + block
+    clips = math.ceil(config.batch / gpus)
+    clips = min(clips, config.micro_batch or clips)
+    share = parameters(text, dit) / gpus
+    parts = {"weights": 4 * share, "gradients": 4 * share, "AdamW": 8 * share}
+    parts["averaged weights"] = 4 * share
+    parts["activations"] = clips * blocks
+    return {**parts, "together": sum(parts.values())}
+
+
+def plan(arguments):
+    """The size, FLOPs, hours and memory of a training, without doing it. A few blocks that FSDP
+    gathers, or copies of weights that autocast makes, come on top of the memory."""
+    own, config = split_arguments(arguments, gpus=1, utilisation=0.4, tflops=989)
+
+    def show(name, number, unit):
+        print(f"{name:<26}{number:14,.3f} {unit}")
+
+    with torch.device("meta"):
+        tae = common.build_tae(config)
+        nets = {"text encoder": common.build_text(config), "DiT": common.build_dit(config),
+                "VideoJAM's DiT": common.build_dit(config, motion=True), "TAE": tae}
+        video = torch.empty(1, 3, config.frames, config.height, config.width)
+    for name, net in nets.items():
+        show(name, parameters(net) / 1e6, "M parameters")
+    with FlopCounterMode(display=False) as encoding, torch.no_grad():
+        tae.encode(video)
+    step = 3 * config.batch * forward_flops(config, motion=True)    # backward is two forwards
+    show("a step of VideoJAM", step / 1e12, f"TFLOPs, {config.batch} clips")
+    show("encoding them", 2 * config.batch * encoding.get_total_flops() / 1e12, "TFLOPs")
+    seconds = step / (own["gpus"] * own["tflops"] * 1e12 * own["utilisation"])
+    settings = " ".join(f"{key}={value:g}" for key, value in own.items())
+    show("a step, without encoding", seconds, f"s with {settings}")
+    for stage in ("base", "videojam"):
+        steps = config[stage].steps
+        show(stage, seconds * steps / 3600, f"hours for {steps} steps")
+    for name, size in memory(config, int(own["gpus"])).items():
+        show(f"memory: {name}", size / 1e9, "GB per GPU")
+
+
+def timed(device, work, *arguments):
+    """Seconds that work(*arguments) takes, the GPU's part included."""
     start = time.perf_counter()
-    work()
-    wait()
+    work(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peak_flops(config, device):
-    """FLOP/s that count as 100 %: the config's `tflops` for a GPU; elsewhere the best of ten products of 2048 x 2048 matrices, measured."""
-    if device.type == "cuda":
-        return 1e12 * config["tflops"], f"{config['tflops']:g} TFLOP/s (tflops=)"
-    a = torch.ones(2048, 2048, dtype=torch.bfloat16 if config["precision"] == "bf16" else torch.float32, device=device)
-    best = 2 * 2048 ** 3 / min(timed(device, lambda: a @ a) for _ in range(10))
-    return best, f"{best / 1e12:.3f} TFLOP/s, measured: a product of 2048 x 2048 matrices"
+def training_step(config, net, optimizer, z1, captions, draws, motion):
+    """One plain step of train.py."""
+    optimizer.zero_grad()
+    for rows in train.micro_batches(config, len(z1)):
+        some = [values[rows] for values in draws]
+        prompts = [captions[row] for row in rows]
+        with common.autocast(config, z1.device):
+            loss, _ = train.dit_loss(net, z1[rows], prompts, some, motion)
+        (loss * len(rows) / len(z1)).backward()
+    common.clip_gradients(net, train.CLIP)
+    optimizer.step()
 
 
-def text_length(text, prompts):
-    """Tokens that each of these prompts takes in one batch: the longest one's of our encoder, always text.length of a frozen one."""
-    return text.tokenize(prompts).shape[1] if isinstance(text, nets.ByteText) else text.length
-
-
-def time_training(config, device, seed, steps):
-    """Steps of training, as train.py takes them, of base and joint net in turn -> seconds {motion: [...]}, peak bytes, the nets, tokens of the text.
-
-    One net is both: the base is the joint one without its two layers of motion. At most `steps` of each, and two minutes once there are three.
-    """
-    C, *size = common.latent_size(config)
-    micro, batch = train.micro_batches(config, config["batch"]), config["batch"]
-    n, before, parts = len(micro[0]), peak_memory(device, reset=True), common.build_sharded(config, device, motion=True)
-    state, layers = train.prepare(config, parts, 1e-4), (parts["dit"].motion_in, parts["dit"].motion_out)
-    z = torch.randn(n, 2 * C, *size, generator=common.generator(seed, "speed")) # (n, 2C, T, H, W)
-    prompts = (data.PROMPTS * (n // len(data.PROMPTS) + 1))[:n]
-    stored = parts["text"](prompts) if config["text"]["frozen"] else None       # as data.py stores them
-
-    def latents(index):
-        return z[:len(index)], prompts[:len(index)], stored and [[x[:len(index)] for x in some] for some in stored]
-    losses = {motion: train.dit_loss(config, parts, motion, latents, 0, device) for motion in (False, True)}
-
-    def step(k, motion):
-        parts["dit"].motion_in, parts["dit"].motion_out = layers if motion else (None, None)
-        train.gradient(config, state, losses[motion], k, micro, batch)
-        train.update(config, state, k, 1e-4)
-
-    for motion in (False, True, False, True):                                   # allocations, compilation
-        step(0, motion)
-    peak_memory(device, reset=True)
-    took, start = {False: [], True: []}, time.perf_counter()
-    for k in range(steps):
-        for motion in took:
-            took[motion].append(timed(device, lambda: step(k, motion)))
-        if k >= 2 and time.perf_counter() - start > 120 and common.WORLD == 1:  # several ranks must stop together
-            break
-    return took, peak_memory(device) - before, parts, text_length(parts["text"], prompts)
-
-
-def time_encoding_and_sampling(config, parts, device, seed):
-    """One batch through the TAE, one clip sampled, as data.py and sample.py do it: [(what, seconds, clips, FLOPs, peak bytes)]."""
-    tae, prompts = common.build_tae(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False), data.STRAIGHT[:1]
-    model = types.SimpleNamespace(config=config, tae=tae, motion=True, device=device, **{name: part.eval() for name, part in parts.items()})
-    got = data.MovingShapes(config["frames"], config["height"], config["width"], seed).batch(range(min(4, config["batch"])), device)
-    n, o = len(got["video"]), sample.settle(model)
-    with torch.device("meta"), torch.no_grad():                                 # the TAE's FLOPs are torch's own count
-        meta = common.build_tae(config)
-        with FlopCounterMode(display=False) as encoding:
-            latent = meta.encode(torch.empty(1, *got["video"].shape[1:]))
-        with FlopCounterMode(display=False) as decoding:
-            meta.decode(latent, config["frames"])
-    evaluations = 2 * o["steps"] + o["motion_steps"]                            # Eq. 8: three in the first half, then two
-    drawing = common.flops(config, True, text_length(model.text, prompts), texts=2 / evaluations)           # the prompt and "" are encoded once
-    drawing = evaluations * drawing + 2 * decoding.get_total_flops()
+def speed(arguments):
+    """Time training steps of the base and of the joint net in turn; MFU is a share of tflops=."""
+    own, config = split_arguments(arguments, steps=20, tflops=989)
+    device = common.start(config)
+    net = common.build_nets(config, device, motion=True)
+    layers = net.dit.motion_in, net.dit.motion_out
+    optimizer = train.make_optimizer(config, net, 1e-4)
+    C, T, H, W = net.dit.size
+    z1 = torch.randn(config.batch, 2 * C, T, H, W).to(device)
+    captions = (data.PROMPTS * config.batch)[:config.batch]
+    draws = [train.draw(config, 0, row, z1.shape[1:]) for row in range(config.batch)]
+    draws = [torch.stack(values).to(device) for values in zip(*draws)]
+    took = {"base": [], "joint": []}
+    for k in range(int(own["steps"]) + 2):              # the first two allocate and compile
+        for name, times in took.items():
+            motion = name == "joint"                    # the base is the net without these layers
+            net.dit.motion_in, net.dit.motion_out = layers if motion else (None, None)
+            step = config, net, optimizer, z1, captions, draws, motion
+            times.append(timed(device, training_step, *step))
     rows = []
-    for what, clips, flops, times, work in (
-            ("encoding, both streams", n, 2 * n * encoding.get_total_flops(), 3, lambda: data.encode(tae, got, config["flow"]["sigma"])),
-            (f"sampling, {o['steps']} steps, {evaluations} evaluations", 1, drawing, 1, lambda: sample.generate(model, prompts, [seed]))):
-        before = peak_memory(device, reset=True)
-        seconds = min(timed(device, work) for _ in range(times))
-        rows.append((what, seconds, clips, flops, peak_memory(device) - before))
-    return rows
-
-
-def speed(a):
-    """Clips, tokens and FLOPs per second, their share of the peak (MFU) and memory of training (base and joint net in turn), encoding and sampling.
-
-    FLOPs are the model's own, `common.flops`, a training step three times a forward pass. Attention counts whole; what checkpointing computes again
-    does not count. Memory is what each part adds.
-    """
-    config = common.load_config(a.settings)
-    device = common.find_device(a.device or config["device"])
-    if config["precision"] == "auto":
-        config["precision"] = common.fastest_precision(device)
+    for name, times in took.items():
+        seconds = np.median(times[2:])
+        flops = 3 * config.batch * forward_flops(config, name == "joint")
+        row = dict(net=name, seconds=seconds, clips_per_s=config.batch / seconds)
+        row["tokens_per_s"] = config.batch * T * H * W / net.dit.patch ** 2 / seconds
+        row["tflops"] = flops / 1e12 / seconds
+        row["mfu"] = row["tflops"] / own["tflops"]
+        rows.append(row)
+    lines = [[f"{x:.4g}" if x != row["net"] else x for x in row.values()] for row in rows]
+    print_table(f"{config.batch} clips a step on {device}", list(rows[0]), lines)
+    write_csv(config.run, "speed", rows)
+    measured = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                              # as train.py
-    fastest, which = peak_flops(config, device)
-    took, bytes_, parts, length = time_training(config, device, a.seed, a.steps)
-    batch, N = config["batch"], math.prod(common.latent_size(config)[1:]) // config["dit"]["patch"] ** 2
-    measured = []
-    for motion, what in ((False, "base"), (True, "joint")):                     # dropped texts are one text, encoded once
-        flops = 3 * batch * common.flops(config, motion, length, texts=1 - config["drop_text"]) / common.WORLD
-        measured.append((f"training step, {what}", np.median(took[motion]), batch, flops, bytes_))
-    if common.WORLD == 1:
-        measured += time_encoding_and_sampling(config, parts, device, a.seed)
-    if common.RANK:
-        return
-    rows = [dict(what=what, seconds=seconds, clips_per_s=clips / seconds, tokens_per_s=clips * N / seconds, tflops=flops / seconds / 1e12,
-                 share=flops / seconds / fastest, peak_gb=peak / 1e9) for what, seconds, clips, flops, peak in measured]
-    write_csv(pathlib.Path(config["run"]) / "probe" / "speed.csv", rows)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{config['preset']}: {N} tokens a clip, {batch} clips a step, micro_batch={config['micro_batch']}, {config['precision']}, "
-          f"checkpointing={config['checkpointing']}, {common.WORLD} x {where}, torch {torch.__version__}\n")
-    line = "{what}|{seconds:.3g}|{clips_per_s:.3g}|{tokens_per_s:,.0f}|{tflops:.3g}|{share:.1%}|{peak_gb:.2f} GB"
-    print(markdown(["", "seconds", "clips/s", "tokens/s", "TFLOP/s each", "MFU", "memory"], [line.format(**row).split("|") for row in rows]))
-    ratio, planned = np.divide(took[True], took[False]), train.plan_memory({**config, "gpus": common.WORLD})["together"]
-    low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
-    print(f"\njoint / base: {middle:.3f}x, the median of {len(ratio)} pairs (half of them within {low:.3f} to {high:.3f})\n"
-          f"memory of training: planned {planned / 1e9:.2f} GB, measured {bytes_ / 1e9:.2f} GB\n100 % of MFU is {which}")
+        measured = torch.cuda.max_memory_allocated()
+    planned = memory(config, 1)["together"]
+    print(f"memory: {planned / 1e9:.2f} GB planned, {measured / 1e9:.2f} GB measured "
+          "(on a CPU with Python and torch)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# The command line
 
-EXPERIMENTS = dict(permute=permute, sdedit=sdedit, ablate=ablate, speed=speed)
+
+def report_command(a):
+    options = dict(w_text=a.w_text, w_motion=a.w_motion, guidance=a.guidance,
+                   use_motion=not a.no_motion)
+    stages = a.stages.split(",")
+    report(a.run, a.device, a.seed, a.split, stages, a.count or 64, a.out, **options)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description="The paper's experiments on the embedded world.")
-    p.add_argument("experiment", choices=EXPERIMENTS)
-    p.add_argument("settings", nargs="*", help="speed: key=value as for train.py, in place of a run")
-    p.add_argument("--run", default="runs/tiny")
-    p.add_argument("--clips", type=int, help="clips, or prompts of ablate (default 128, or all of --prompts)")
-    p.add_argument("--steps", type=int, default=20, help="speed: training steps of each net (default 20, or as many as two minutes hold)")
-    p.add_argument("--prompts", help="ablate: a file with one prompt per line in place of the held-out ones")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="")
-    a = p.parse_args(argv)
-    if a.clips is None:
-        a.clips = sys.maxsize if a.prompts else 128
-    if min(a.clips, a.steps) < 1:
-        raise ValueError(f"--clips {a.clips} --steps {a.steps}: expected at least 1 of each")
-    if a.prompts and a.experiment != "ablate":
-        raise ValueError(f"--prompts is for ablate, found it with {a.experiment}: leave it out")
-    if a.settings and a.experiment != "speed":
-        raise ValueError(f"{a.experiment} reads the config from --run, found {' '.join(a.settings)}: leave it out")
-    if common.WORLD > 1:
-        a.device = a.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
-        dist.init_process_group("nccl" if a.experiment == "speed" and a.device.startswith("cuda") else "gloo")
+EXPERIMENTS = {"report": report_command, "permute": permute, "sdedit": sdedit, "ablate": ablate,
+               "predicates": predicates}
+
+
+def arguments_of(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("experiment", choices=EXPERIMENTS)
+    add("--run", default="runs/tiny", help="the run folder")
+    add("--count", type=int, help="prompts or clips")
+    add("--seed", type=int, default=0, help="of the first clip's noise")
+    add("--device", default="")
+    add("--split", default="test", choices=("test", "val"), help="report: of the prompts")
+    add("--stages", default=",".join(common.STAGES[1:]), help="report: those of these")
+    add("--w-text", type=float, help="report: w1 of Eq. 8")
+    add("--w-motion", type=float, help="report: w2 of Eq. 8")
+    add("--guidance", default="inner", choices=("inner", "ip2p", "text", "none"), help="report")
+    add("--no-motion", action="store_true", help="report: d = 0 at every step")
+    add("--out", default="report", help="report: the name of its two files")
+    return parser.parse_args(argv)
+
+
+def main(arguments):
+    if arguments[:1] == ["plan"]:
+        return plan(arguments[1:])
+    if arguments[:1] == ["speed"]:
+        return speed(arguments[1:])
+    a = arguments_of(arguments)
     EXPERIMENTS[a.experiment](a)
-    common.close_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"probe.py: {error}")
+    common.command_line(main, __doc__)

@@ -23,7 +23,6 @@ import types
 import torch
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parent)]
-import common  # noqa: E402
 import data  # noqa: E402
 import flow  # noqa: E402
 import model as nets  # noqa: E402
@@ -184,8 +183,8 @@ def raft(a):
 
 def tiny(a, *overrides):
     """A model of the `tiny` preset with first weights, as sample.py would load it: speed does not depend on what they learned."""
-    config = common.load_config(overrides)
-    parts = [net.to(a.device).eval().requires_grad_(False) for net in (common.build_tae(config), common.build_text(config), common.build_dit(config, motion=True))]
+    config = nets.load_config(overrides)
+    parts = [net.to(a.device).eval().requires_grad_(False) for net in (nets.build_tae(config), nets.build_text(config), nets.build_dit(config, motion=True))]
     return types.SimpleNamespace(config=config, tae=parts[0], text=parts[1], dit=parts[2], motion=True, device=torch.device(a.device))
 
 
@@ -201,10 +200,10 @@ def guidance(a):
 def data_(a):
     """Rendering a batch of the world's clips, as a share of the joint net's step that renders, encodes and trains on them (`map` has the TAE's step)."""
     for preset in ("tiny", "small"):
-        config = common.load_config([f"preset={preset}", "precision=fp32", "run=no-such-run"] + ["batch=16"] * (preset == "small"))
+        config = nets.load_config([f"preset={preset}", "precision=fp32", "run=no-such-run"] + ["batch=16"] * (preset == "small"))
         device, world = torch.device(a.device), data.open_data(config)
-        parts = common.build_sharded(config, device, motion=True)
-        net = common.build_tae(config).to(device, memory_format=torch.channels_last)
+        parts = train.build_sharded(config, device, motion=True)
+        net = nets.build_tae(config).to(device, memory_format=torch.channels_last)
         latents = data.Latents(dict(config, data=dict(root="", cache=0)), net, world, device, bar=False)
         state, loss = train.prepare(config, parts, 1e-4), train.dit_loss(config, parts, True, latents, 0, device)
         micro = train.micro_batches(config, config["batch"])
@@ -220,8 +219,8 @@ def data_(a):
 
 def frames_in_memory(a, preset, frames):
     """Peak memory in GB of encoding and decoding `frames` frames of 256x256 in a process of its own, beyond the two videos themselves."""
-    code = (f"import sys; sys.path.insert(0, {sys.path[0]!r}); import common, torch, probe; torch.set_num_threads({a.threads}); device = torch.device({a.device!r})\n"
-            f"tae = common.build_tae(common.load_config(['preset={preset}'])).to(device, memory_format=torch.channels_last).requires_grad_(False)\n"
+    code = (f"import sys; sys.path.insert(0, {sys.path[0]!r}); import torch, model, probe; torch.set_num_threads({a.threads}); device = torch.device({a.device!r})\n"
+            f"tae = model.build_tae(model.load_config(['preset={preset}'])).to(device, memory_format=torch.channels_last).requires_grad_(False)\n"
             f"video = torch.rand(1, 3, {frames}, 256, 256, device=device); before = probe.peak_memory(device, reset=True)\n"
             f"with torch.no_grad(): again = tae.decode(tae.encode(video), {frames})\n"
             f"print((probe.peak_memory(device) - before - again.nbytes) / 1e9)")

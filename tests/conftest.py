@@ -1,77 +1,103 @@
-"""What the test files share: the repository on the path, one thread, a config that trains in seconds, one trained run."""
+"""What the test files share: a config that trains in seconds, processes, one trained run."""
+import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.elastic.utils.distributed import get_free_port as free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import train        # after the line above, which makes it found
+
 torch.set_num_threads(1)
 
-# Every size and every number of steps is given, so that no test depends on a default that is still being tuned.
-TINY = ["device=cpu", "precision=fp32", "frames=8", "height=16", "width=16", "fps=8", "batch=4", "micro_batch=0", "data.cache=8", "data.root=",
-        "flow.sigma=0.1", "t_mean=-0.5", "world.texture=0", "tae.steps=2", "tae.batch=2", "tae.lr=1e-3", "tae.channels=4", "tae.widths=[8,8,16]",
-        "tae.blocks=[0,0]", "tae.spatial=4", "tae.temporal=4", "tae.tile=8", "text.dim=16", "text.depth=1", "text.heads=2",
-        "text.length=96", "dit.dim=32", "dit.depth=2", "dit.heads=2", "dit.hidden=64", "dit.patch=2", "base.steps=2", "base.lr=1e-3",
-        "videojam.steps=2", "videojam.lr=1e-3", "warmup=0", "cooldown=0", "sample.steps=4", "sample.emulated=20", "log_every=1", "save_every=1",
-        "sample_every=0"]
+# Every size and number of steps is given: no test depends on a default that is still being tuned.
+TINY = """device=cpu precision=fp32 frames=8 height=16 width=16 fps=8 batch=4 micro_batch=0
+    checkpointing=false compile=never data.root= data.cache=8 world.texture=0 world.size=1
+    world.basic=0.5 flow.sigma=0.1 tae.steps=2 tae.batch=2 tae.lr=1e-3 tae.channels=4
+    tae.widths=[8,8,16] tae.blocks=[0,0] tae.spatial=4 tae.temporal=4 tae.tile=8 tae.motion=2
+    tae.l2=2 text.lr=1 text.dim=16 text.depth=1 text.heads=2 text.length=96 dit.dim=32 dit.depth=2
+    dit.heads=2 dit.patch=2 base.steps=2 base.lr=1e-3 videojam.steps=2 videojam.lr=1e-3 warmup=0
+    cooldown=0 ema=0.9 drop_text=0.3 drop_motion=0.2 t_mean=-0.5 sample.steps=4 sample.emulated=20
+    sample.w_text=2 sample.w_motion=2 log_every=1 save_every=1 sample_every=0""".split()
 
 
-def command(*args, **env):
-    """A command of the README in a process of its own: (exit status, stdout, stderr)."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **env}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout, done.stderr
-
-
-def start(*args, script="train.py", **env):
-    """A process of train.py."""
-    return subprocess.Popen([sys.executable, *map(str, [script, *args])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments, script="train.py", **environment):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, **environment)
+    return subprocess.Popen([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
 def finished(*processes):
-    """(exit status, stdout, stderr) at the end; of several, those of the first that failed, or of the first."""
-    outs = [process.communicate(timeout=100) for process in processes]
-    return next(((p.returncode, *out) for p, out in zip(processes, outs) if p.returncode), (0, *outs[0]))
+    """(exit status, stdout, stderr) at the end; of several, of the first that failed."""
+    ends = [(*process.communicate(timeout=240), process.returncode) for process in processes]
+    out, err, status = next((end for end in ends if end[-1]), ends[0])
+    return status, out, err
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+def command(script, *arguments, **environment):
+    return finished(start(*arguments, script=script, **environment))
 
 
-def ranks(n, *args, **kwargs):
-    """n processes with the environment that torchrun gives its ranks (torchrun itself takes seconds more)."""
-    port = free_port()
-    return [start(*args, **kwargs, RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(port)) for k in range(n)]
+def ranks(n, *arguments, script="train.py", **environment):
+    """n processes with the environment that torchrun gives its ranks; torchrun itself is slower."""
+    environment.update(WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    return [start(*arguments, script=script, RANK=str(k), LOCAL_RANK=str(k), **environment)
+            for k in range(n)]
 
 
 def states(run, stage):
     """The names of a stage's checkpoints, oldest first."""
-    return sorted((path.name for path in (Path(run) / f"{stage}.state").iterdir()), key=lambda name: int(name.split("-")[1].split(".")[0]))
+    return sorted(sorted(os.listdir(f"{run}/{stage}.state")), key=len)
 
 
 def read_state(run, stage, step):
-    """A checkpoint, read by torch's own converter: {"net", "ema", "exp_avg", "exp_avg_sq": {name: tensor}}."""
-    folder = Path(run) / f"{stage}.state" / f"step-{step}"
-    dcp_to_torch_save(folder, folder.with_suffix(".whole"))
-    try:
-        return torch.load(folder.with_suffix(".whole"), weights_only=True)
-    finally:
-        folder.with_suffix(".whole").unlink()
+    """A checkpoint, by torch's own converter: {net, average, exp_avg, exp_avg_sq: {name: w}}."""
+    path = Path(run, f"{stage}.state", f"step-{step}")
+    whole = path.with_suffix(".whole")
+    dcp_to_torch_save(path, whole)
+    state = {}
+    for key, tensor in torch.load(whole, weights_only=True).items():
+        kind, _, name = key.partition(".")
+        state.setdefault(kind, {})[name] = tensor
+    whole.unlink()
+    return state
+
+
+def read_log(run):
+    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+
+
+def folder(trained, path, *stages):
+    """A new run folder with the weights of these finished stages."""
+    path.mkdir(parents=True)
+    for stage in stages:
+        shutil.copy(trained[0] / f"{stage}.pt", path)
+    return path
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """python train.py with tiny arguments, all four stages: (run folder, stdout). Nobody writes into it afterwards."""
+    """python train.py with tiny arguments, all four stages: (run folder, stdout). Read only."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    status, out, err = command("train.py", *TINY, f"run={run}", "stages=tae,base,control,videojam")
+    status, out, err = command("train.py", *TINY, f"run={run}")
     assert status == 0, err
     return run, out
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """train.main in this process without samples and report."""
+    def nothing(*args, **kwargs):
+        pass
+    monkeypatch.setattr(train, "show_samples", nothing)
+    monkeypatch.setattr(train, "show_reconstruction", nothing)
+    monkeypatch.setitem(sys.modules, "probe", types.SimpleNamespace(report=nothing))
