@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 import zipfile
 import zlib
 
@@ -165,6 +166,11 @@ def check(flat):
     need_multiple("text.dim", flat["text.heads"])
     need_multiple("tae.batch", 2)                       # half of it is painted optical flow
     need_multiple("tae.tile", 2 * flat["tae.temporal"])     # tiles overlap by half
+    for key, least in (("tae.widths", 1), ("tae.blocks", 0)):
+        whole = all(type(n) is int and n >= least for n in flat[key])
+        need(whole, key, f"whole numbers of at least {least}")
+    halvings = len(flat["tae.widths"]) - 1
+    need(len(flat["tae.blocks"]) == halvings > 0, "tae.blocks", "one number fewer than tae.widths")
     with torch.device("meta"):          # its constructor knows which widths fit together
         build_tae(nest(flat))
 
@@ -238,6 +244,7 @@ def find_device(name=""):
 
 def start(config):
     """Join the other ranks -> this rank's device."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, of a single process
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -522,8 +529,7 @@ class Checkpoint:
         temporary = path.with_suffix(".tmp")
         try:
             dcp.save(self.tensors, checkpoint_id=temporary)
-            if RANK == 0:
-                (temporary / "parent").write_text(self.parent)
+            broadcast(lambda: (temporary / "parent").write_text(self.parent))
         except (CheckpointException, OSError) as error:
             if RANK == 0:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -195,7 +195,7 @@ def heads(o, direction):
 def goes(o, direction):
     """It heads there in a straight line, and in both halves of the clip alike."""
     alike = norm(o.first - o.last) < 0.25 * norm(o.first + o.last)
-    in_line = o.off_line < 0.07 * o.length
+    in_line = o.off_line < 0.065 * o.length
     return heads(o, direction) and in_line and alike
 
 

@@ -169,8 +169,8 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="", look=None):
                 log.add(numbers)
             norm = common.clip_gradients(net, CLIP)
             if not math.isfinite(norm):
-                raise ValueError(f"{stage}: the gradient is not finite at step {step}; nothing is "
-                                 f"spoilt: go on with a lower {stage}.lr")
+                raise ValueError(f"{stage}: the gradient is not finite at step {step}; the last "
+                                 "state is as it was: go on from it with a lower learning rate")
             # Step
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * learning_rate(config, step, steps)
@@ -357,7 +357,8 @@ def is_finished(config, stage):
         return False
     saved = common.read_weights(path)
     below = run / ("tae.pt" if stage == "base" else "base.pt")
-    if stage != "tae" and saved["parent"] != common.identity(below):
+    known = below.exists() and common.identity(below)
+    if stage != "tae" and saved["parent"] != known:
         raise ValueError(f"{path} was trained on another {below.name} than the one beside it: "
                          f"delete {stage}.*, or take another run=folder")
     steps = config["videojam" if stage == "control" else stage].steps

@@ -162,9 +162,7 @@ class VideoFolder:
         path = pathlib.Path(self.flow_dir, f"{name}-{start}-{size}-{prints}.npy")
         # It may not be there yet, or be torn by a full disk.
         with contextlib.suppress(OSError, ValueError, EOFError):
-            flow = torch.from_numpy(np.load(path))
-            if flow.shape == (2, *video.shape[1:]) and flow.dtype == torch.float16:
-                return flow
+            return torch.from_numpy(np.load(path))
         flow = estimate_flow(video[None], self.raft)[0].half().cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.{RANK}-{os.getpid()}.tmp", "wb") as file:

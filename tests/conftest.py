@@ -14,8 +14,6 @@ from torch.distributed.elastic.utils.distributed import get_free_port as free_po
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import train        # after the line above, which makes it found
-
 torch.set_num_threads(1)
 
 # Every size and number of steps is given: no test depends on a default that is still being tuned.
@@ -30,8 +28,7 @@ TINY = """device=cpu precision=fp32 frames=8 height=16 width=16 fps=8 batch=4 mi
 
 
 def start(*arguments, script="train.py", **environment):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, **environment)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment)
     return subprocess.Popen([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
@@ -98,6 +95,6 @@ def quiet(monkeypatch):
     """train.main in this process without samples and report."""
     def nothing(*args, **kwargs):
         pass
-    monkeypatch.setattr(train, "show_samples", nothing)
-    monkeypatch.setattr(train, "show_reconstruction", nothing)
+    monkeypatch.setattr("train.show_samples", nothing)
+    monkeypatch.setattr("train.show_reconstruction", nothing)
     monkeypatch.setitem(sys.modules, "probe", types.SimpleNamespace(report=nothing))

@@ -98,28 +98,29 @@ def as_a_rank(root, runs):
 
 @pytest.fixture(scope="module")
 def pair(trained, alone, tmp_path_factory):
-    """Runs of two ranks, all in the same two processes: {name: run folder}, what they printed."""
+    """Runs of two ranks, all in the same two processes: their folder, what they printed."""
     if torch.__version__ < (2, 9):
         pytest.skip("several ranks on CPUs need torch 2.9")
     root = tmp_path_factory.mktemp("pair")
     settings = dict(
         together=TEN, accumulation=[*TEN, "micro_batch=1", "checkpointing=true"],
         compiled=[*TEN, "stages=base", "compile=always"], resumed=[*TEN, "stages=base"],
-        told=[*FORTY, "save_every=1000"], bf16=["precision=bf16", "stages=tae,base"])
-    runs = {name: folder(trained, root / name, "tae") for name in settings}
-    (runs["bf16"] / "tae.pt").unlink()
-    shutil.copytree(alone / "base.state/step-5", runs["resumed"] / "base.state/step-5")
+        told=[*FORTY, "save_every=1000"], tae=["stages=tae"],
+        bf16=["precision=bf16", "stages=tae,base"])
+    for name in settings.keys() - {"tae", "bf16"}:      # which train their own TAE
+        folder(trained, root / name, "tae")
+    shutil.copytree(alone / "base.state/step-5", root / "resumed/base.state/step-5")
     todo = json.dumps({name: [free_port(), more] for name, more in settings.items()})
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2".split()
     status, out, err = finished(start(*torchrun, __file__, root, todo, script="-m"))
     assert status == 0, err
-    return runs, out
+    return root, out
 
 
 def test_two_ranks_hold_the_same_weights(alone, pair):
     """Ten fp32 steps: weights, averages and the log are those of one process within 1e-5, and each
     rank writes half of the state (FSDP2). Reference for that: the sizes of four floats a weight."""
-    run = pair[0]["together"]
+    run = pair[0] / "together"
     for stage in ("base", "videojam"):
         one, two = read_state(alone, stage, 10), read_state(run, stage, 10)
         assert_equal(two["net"], one["net"], within=1e-5)
@@ -137,20 +138,21 @@ def test_two_ranks_hold_the_same_weights(alone, pair):
 
 @pytest.mark.parametrize("name, words, stages", [
     ("accumulation", "2 ranks x 2 micro-batches x 1", ["base", "videojam"]),
-    ("compiled", "a compiled block", ["base"]), ("resumed", "step 5 to 10", ["base"])])
+    ("compiled", "a compiled block", ["base"]), ("resumed", "step 5 to 10", ["base"]),
+    ("tae", "tae: 0.04 M parameters, step 0 to 2, 2 clips = 2 ranks", ["tae"])])
 def test_two_ranks(alone, pair, name, words, stages):
-    """One clip at a time with activation checkpointing, compiled blocks, and a resume of what one
-    process left at step 5: the weights of one process within 1e-5."""
-    runs, out = pair
-    assert words in out
+    """One clip at a time with activation checkpointing, compiled blocks, a resume of what one
+    process left at step 5, and the TAE: the weights of one process within 1e-5."""
+    assert words in pair[1]
     for stage in stages:
-        assert_equal(weights(runs[name], stage), weights(alone, stage), within=1e-5)
+        assert_equal(weights(pair[0] / name, stage), weights(alone, stage), within=1e-5)
 
 
 def test_one_resumes_what_two_ranks_left(alone, pair, tmp_path, capsys):
     """Step 5 by two ranks, step 10 by one: within 1e-5."""
-    run = folder([pair[0]["together"]], tmp_path / "run", "tae")
-    shutil.copytree(pair[0]["together"] / "base.state/step-5", run / "base.state/step-5")
+    together = pair[0] / "together"
+    run = folder([together], tmp_path / "run", "tae")
+    shutil.copytree(together / "base.state/step-5", run / "base.state/step-5")
     train.main([*TINY, *TEN, f"run={run}", "stages=base"])
     assert "step 5 to 10" in capsys.readouterr().out
     assert_equal(weights(run, "base"), weights(alone, "base"), within=1e-5)
@@ -159,7 +161,7 @@ def test_one_resumes_what_two_ranks_left(alone, pair, tmp_path, capsys):
 def test_two_ranks_in_bf16(trained, pair):
     """bf16 computes, fp32 keeps; both ranks sample. References: the losses of one process in fp32,
     within 3 %, but not the same; weights on disk with more digits than bf16 has."""
-    run = pair[0]["bf16"]
+    run = pair[0] / "bf16"
     net = read_state(run, "base", 2)["net"].values()
     assert all(w.dtype == torch.float32 for w in net)
     assert any((w.bfloat16() != w).any() for w in net)
@@ -171,11 +173,10 @@ def test_two_ranks_in_bf16(trained, pair):
 
 def test_one_rank_told_tells_all(pair):
     """SIGTERM reached rank 1 alone in its sixth step: both left after it, with one whole state."""
-    runs, out = pair
-    assert out.count("base: SIGTERM after step 6 of 40, saved") == 2
-    assert states(runs["told"], "base") == ["step-6"]
-    assert len(list((runs["told"] / "base.state/step-6").glob("*.distcp"))) == 2
-    assert not (runs["told"] / "base.pt").exists()
+    run = pair[0] / "told"
+    assert pair[1].count("base: SIGTERM after step 6 of 40, saved") == 2
+    assert states(run, "base") == ["step-6"] and not (run / "base.pt").exists()
+    assert len(list(run.glob("base.state/step-6/*.distcp"))) == 2
 
 
 def test_micro_batches_meet_on_every_rank(monkeypatch):

@@ -103,8 +103,7 @@ def test_text_and_motion_are_dropped_at_their_rates(draws):
 
 
 def test_drops_are_per_clip(draws):
-    """Shares per batch scatter like a binomial's (whole batches: 0 or 1); t knows nothing of them.
-    """
+    """Shares per batch scatter like a binomial's (whole batches: 0 or 1); t knows of neither."""
     t, _, *drops = draws
     for kept in drops:
         share = kept.float().mean().item()
