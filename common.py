@@ -125,7 +125,7 @@ def load_config(arguments=()):
     if preset not in document["presets"]:
         raise ValueError(f"preset={preset}: expected one of {', '.join(document['presets'])}")
     flat.update(flatten(document["presets"][preset] or {}))
-    flat.update({key: stored[key] for key in flat.keys() & stored.keys()})
+    flat.update({key: stored[key] for key in flat.keys() & stored.keys() - {"stages"}})
     for key, value in given.items():
         if key not in MAY_CHANGE and stored.get(key, value) != value:
             raise ValueError(f"{run} was made with {key}={stored[key]}, found {key}={value}: "
@@ -297,8 +297,8 @@ def build_nets(config, device, motion=False):
     return net
 
 
-def clip_gradients(net, limit):
-    """Average the gradient over the ranks, scale it down to that norm -> the norm it had."""
+def average_and_limit_gradients(net, limit):
+    """Average them over the ranks, then scale them down to that norm -> the norm they had."""
     for p in net.parameters():
         if WORLD > 1 and not isinstance(p, DTensor):    # FSDP averages by itself; the TAE is whole
             dist.all_reduce(p.grad)

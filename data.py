@@ -214,7 +214,7 @@ def fixed_prompts(motions, count):
         objects = [{"color": color, "shape": shape}]
         if motions[m] in PAIRED:
             other = colors[(colors.index(color) + 1 + n % 5) % 6]
-            objects.append({"color": other, "shape": SHAPES[(turn + m) % 4]})
+            objects.append({"color": other, "shape": SHAPES[(turn + m) % len(SHAPES)]})
         speed = (None, "slow", "fast")[(turn + m) % 3]
         prompts.append(caption(
             dict(motion=motions[m], speed=speed, objects=objects, template=turn + m)))

@@ -245,7 +245,7 @@ class DiT(nn.Module):
     # the base to the last bit, whatever d is, and the weights of the base keep their names.
     def add_motion(self):
         """The surgery: from now on the net reads [x, d] and predicts a velocity for both."""
-        self.motion_in = copy.deepcopy(self.patch_in)
+        self.motion_in = copy.deepcopy(self.patch_in)       # the same size, device and type
         self.motion_out = copy.deepcopy(self.patch_out)
         self.init_motion()
         return self

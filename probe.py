@@ -572,7 +572,7 @@ def training_step(config, net, optimizer, z1, captions, draws, motion):
         with common.autocast(config, z1.device):
             loss, _ = train.dit_loss(net, z1[rows], prompts, some, motion)
         (loss * len(rows) / len(z1)).backward()
-    common.clip_gradients(net, train.CLIP)
+    common.average_and_limit_gradients(net, train.MAX_NORM)
     optimizer.step()
 
 

@@ -3,13 +3,14 @@
     python sample.py "a red square moving right"            # mp4 and png in runs/tiny/samples
     python sample.py "a blue circle falling" --out fall.gif --w-motion 0 --seed 3
     python sample.py --prompts prompts.txt --out vbench     # a folder as VBench reads it
-    python probe.py report --stage base                     # numbers instead of pictures
+    python probe.py report --stages base                    # numbers instead of pictures
 
 Letters: B clips, C latent channels of one stream, T H W latent frames, height, width; z = [x, d]
 appearance and motion latents (B, 2C, T, H, W); t flow-matching time, 0 noise, 1 data.
 """
 import argparse
 import json
+import math
 import pathlib
 import re
 import types
@@ -43,7 +44,9 @@ def linear_quadratic_schedule(steps=100, linear_steps=50, emulated_steps=1000):
 
 # Eq. 7 asks for p([x,d] | y) p(y | [x,d])^w1 p(d | x, y)^w2. By Bayes both factors are ratios of
 # joint densities; the gradient of the logarithm with respect to [x_t, d_t] is Eq. 8. A velocity is
-# affine in that score and the weights of Eq. 8 add up to 1, so it holds for u as it stands.
+# affine in that score and the weights of Eq. 8 add up to 1, so it holds for velocities as well.
+
+
 # Eq. 8
 def inner_guidance(u, u_no_text, u_no_motion, w1=5.0, w2=3.0):
     """u([x,d], y), u([x,d], no text), u([x,0], y) -> the guided u; neutral at 0, 0."""
@@ -109,7 +112,7 @@ def guided_velocity(model, z, t, text, mask, s, first_half):
     u = u.float().chunk(len(branches))                                  # large weights: in fp32
     if s.guidance == "none":
         return u[0]
-    # Where motion does not guide, its term vanishes: the branch without it is the one with it.
+    # Where motion does not guide, u stands in for the branch without it, and the w2 terms cancel.
     if s.guidance == "ip2p":
         u_no_both = u[2] if motion_guides else u[1]
         return ip2p_guidance(u[0], u[1], u_no_both, s.w_text, s.w_motion)
@@ -126,13 +129,14 @@ def sampler(model, prompts, seeds, start=0, z=None, **options):
     prompts, seeds: B each; options: those of `settings`; z: go on from it at step `start` (SDEdit).
     """
     s = settings(model, **options)
-    times = linear_quadratic_schedule(s.steps, s.steps // 2, s.emulated).to(model.device)
+    half = s.steps // 2                     # linear steps of the schedule, and those motion guides
+    times = linear_quadratic_schedule(s.steps, half, s.emulated).to(model.device)
     text, mask = model.text([*prompts, ""])
     z = noise(model, seeds) if z is None else z
     C = common.latent_size(model.config)[0]
     yield start, times[start].item(), z
     for k in range(start, s.steps):
-        u = guided_velocity(model, z, times[k], text, mask, s, k < s.steps // 2)
+        u = guided_velocity(model, z, times[k], text, mask, s, k < half)
         if not s.use_motion:
             u[:, C:] = 0                        # d is not integrated
         z = z + (times[k + 1] - times[k]) * u
@@ -155,12 +159,12 @@ def generate(model, prompts, seeds, bar=True, **options):
         raise ValueError('found no prompt, expected one: python sample.py "a red square falling"')
     s = settings(model, **options)
     videos, motions = [], []
-    total = s.steps * -(-len(prompts) // AT_ONCE)
-    with tqdm(total=total, desc=f"sampling {len(prompts)}", disable=not bar, leave=False) as steps:
+    total = s.steps * math.ceil(len(prompts) / AT_ONCE)
+    with tqdm(total=total, desc=f"sampling {len(prompts)}", disable=not bar, leave=False) as done:
         for i in range(0, len(prompts), AT_ONCE):
             some = slice(i, i + AT_ONCE)
             for k, t, z in sampler(model, prompts[some], seeds[some], **options):
-                steps.update(k > 0)
+                done.update(k > 0)          # the first state is noise, before any step
             video, motion = decode(model, z)
             videos.append(video.cpu())
             if s.use_motion:                    # else d stayed noise

@@ -1,4 +1,4 @@
-"""Training: the TAE, the base DiT (Eqs. 1 to 4), then VideoJAM (sec. 4.2, Eq. 6, sec. 4.3).
+"""Training: the TAE, the base DiT (Eqs. 1 to 4), its control, VideoJAM (secs. 4.2, 4.3, Eq. 6).
 
     python train.py                                         # everything, ten minutes on a CPU
     python train.py preset=hour                             # the same world, learned well
@@ -30,16 +30,16 @@ import sample
 from common import RANK, WORLD, autocast, generator, print0
 from flow import flow_to_rgb
 
-CLIP = 1.0              # largest norm of the gradient
+MAX_NORM = 1.0          # of the gradient
 BETAS = (0.9, 0.95)     # of AdamW, without weight decay
 
 # -------------------------------------------------------------------------------------------------
 # The equations
 
 
-def per_clip(t, like):
-    """t (B,) -> (B, 1, ...), so that it multiplies each clip of `like`."""
-    return t.view(-1, *[1] * (like.dim() - 1))
+def per_clip(values, like):
+    """values (B,) -> (B, 1, ...), one for each clip of `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 # Eq. 1
@@ -60,7 +60,7 @@ def mse(u, v):
     return (u - v).float().square().flatten(1).mean(1)
 
 
-# Eq. 6. Where motion was dropped only appearance counts (sec. 4.3 of the camera-ready version).
+# Eq. 6. Where motion was dropped only appearance counts: sec. 4.3 of the ICML version, not arXiv's.
 def joint_loss(u, v, keep):
     """u, v (B, 2C, T, H, W), keep (B,) bool: was motion kept? -> the mean over the clips."""
     u_x, u_d = u.chunk(2, dim=1)
@@ -111,8 +111,8 @@ def micro_batches(config, batch):
 # The training loop, the same for all stages
 
 
-def learning_rate(config, step, steps):
-    """The share of the full rate: linear warm-up, constant, linear cool-down. Paper: constant."""
+def rate_share(config, step, steps):
+    """The share of the full learning rate: warm-up, constant, cool-down. Paper: constant."""
     warmup = (step + 1) / (config.warmup + 1)
     cooldown = (steps - step) / max(1, config.cooldown * steps)
     return min(1, warmup, cooldown)
@@ -167,13 +167,13 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="", look=None):
                 loss, numbers = loss_of(step, rows)
                 (loss * len(rows) / batch * WORLD).backward()
                 log.add(numbers)
-            norm = common.clip_gradients(net, CLIP)
+            norm = common.average_and_limit_gradients(net, MAX_NORM)
             if not math.isfinite(norm):
                 raise ValueError(f"{stage}: the gradient is not finite at step {step}; the last "
                                  "state is as it was: go on from it with a lower learning rate")
             # Step
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * learning_rate(config, step, steps)
+                group["lr"] = group["full_lr"] * rate_share(config, step, steps)
             optimizer.step()
             optimizer.zero_grad()
             # Average. It warms up, or it would remember the random start.
@@ -198,7 +198,7 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="", look=None):
                 look(net.eval(), done)
                 net.train()
                 exchange(weights, average)
-    exchange(weights, average)
+    exchange(weights, average)          # the average is what is kept
     return net.eval().requires_grad_(False)
 
 
@@ -274,7 +274,7 @@ def show_reconstruction(config, tae, clips, device):
 
 
 # -------------------------------------------------------------------------------------------------
-# Stages 2 and 3: the DiT on latents. base and control are Eq. 3, videojam is Eq. 6.
+# Stages 2 to 4: the DiT on latents. base and control are Eq. 3, videojam is Eq. 6.
 
 
 def dit_loss(net, z1, captions, draws, motion):
@@ -285,16 +285,17 @@ def dit_loss(net, z1, captions, draws, motion):
         z1, z0 = z1[:, :C], z0[:, :C]
     zt = interpolate(z1, z0, t)                                         # Eq. 1, one t for x and d
     v = velocity(z1, z0)                                                # Eq. 2
-    if motion:                                                          # sec. 4.3: d_t = 0 exactly
+    # sec. 4.3: where motion is dropped d_t is exactly 0, unlike the latent of any real motion.
+    if motion:
         zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep_motion, zt)], dim=1)
     prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text.tolist())]
     u = net.dit(zt, t, *net.text(prompts))                              # Eq. 4
     loss_x = mse(u[:, :C], v[:, :C])
     loss = joint_loss(u, v, keep_motion) if motion else loss_x.mean()   # Eq. 6, or Eq. 3
     everyone = torch.ones_like(t)
-    tenth = F.one_hot((10 * t).long().clamp(max=9), 10)
+    tenths = F.one_hot((10 * t).long().clamp(max=9), 10)               # (B, 10), bins of t
     numbers = dict(loss=(loss.detach() * len(t), everyone.sum()), loss_x=tally(loss_x, everyone),
-                   loss_x_by_t=tally(loss_x, tenth))
+                   loss_x_by_t=tally(loss_x, tenths))
     if motion:
         numbers["loss_d"] = tally(mse(u[:, C:], v[:, C:]), keep_motion)
     return loss, numbers
@@ -303,21 +304,23 @@ def dit_loss(net, z1, captions, draws, motion):
 def train_dit(config, stage, latents, device):
     """Stages base, videojam, and control: the base trained on for as long as videojam."""
     run, motion = pathlib.Path(config.run), stage == "videojam"
-    settings = config.base if stage == "base" else config.videojam
-    tae = common.identity(run / "tae.pt")
+    recipe = config.base if stage == "base" else config.videojam
     net = common.build_nets(config, device, motion)
-    parent, first = tae, 0
+    tae_id = common.identity(run / "tae.pt")
+    parent_id = tae_id
+    first = 0
     if stage != "base":         # sec. 4.2: the base, but for the new motion layers; all are trained
         saved = common.read_weights(run / "base.pt")
         new = ("dit.motion_in.weight", "dit.motion_out.weight")
         common.load_into(net, saved["weights"], run / "base.pt", new)
-        parent, first = common.identity(run / "base.pt"), saved["step"]
+        parent_id = common.identity(run / "base.pt")
+        first = saved["step"]
 
     def loss_of(step, rows):
-        step = first + step     # go on with new clips and noise, the same for control and videojam
-        numbers = clip_numbers(config.seed, step, rows, config.batch, latents.count)
-        z1, captions = latents(numbers)
-        draws = [draw(config, step, row, z1.shape[1:]) for row in rows]
+        position = first + step     # new clips and noise, the same for control and videojam
+        z1, captions = latents(
+            clip_numbers(config.seed, position, rows, config.batch, latents.count))
+        draws = [draw(config, position, row, z1.shape[1:]) for row in rows]
         draws = [torch.stack(values).to(device) for values in zip(*draws)]
         with autocast(config, device):
             return dit_loss(net, z1.to(device), captions, draws, motion)
@@ -325,9 +328,9 @@ def train_dit(config, stage, latents, device):
     def look(net, step):
         show_samples(config, stage, latents, net, step)
 
-    fit(config, stage, net, loss_of, settings.steps, config.batch, settings.lr, parent, look)
-    common.save_weights(config, stage, net, settings.steps, parent, tae)
-    look(net, settings.steps)
+    fit(config, stage, net, loss_of, recipe.steps, config.batch, recipe.lr, parent_id, look)
+    common.save_weights(config, stage, net, recipe.steps, parent_id, tae_id)
+    look(net, recipe.steps)
 
 
 def show_samples(config, stage, latents, net, step):
@@ -348,8 +351,8 @@ def show_samples(config, stage, latents, net, step):
 
 
 def is_finished(config, stage):
-    """Are its weights there? ValueError if they stand on others than those beside them, or if it
-    would be trained on although later stages stand on what it is now.
+    """Are its weights there, with all steps? ValueError if they started from other weights than
+    those beside them, or if steps are missing and later stages have already started from them.
     """
     run = pathlib.Path(config.run)
     path = run / f"{stage}.pt"
@@ -390,12 +393,12 @@ def main(arguments):
         if stage not in todo:
             print0(f"{stage}: already in {config.run}, skipped")
             continue
-        torch.manual_seed(config.seed)          # for the first weights alone
+        torch.manual_seed(config.seed)          # of the first weights, nothing else
         if stage == "tae":
             train_tae(config, clips, device)
         else:
-            tae = common.load_tae(config, device)
-            latents = latents or data.Latents(config, tae, clips, device)
+            if latents is None:
+                latents = data.Latents(config, common.load_tae(config, device), clips, device)
             train_dit(config, stage, latents, device)
     common.stop()
     prompt = "a caption like yours"

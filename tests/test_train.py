@@ -365,16 +365,16 @@ def test_resuming_is_as_if_never_interrupted(fresh, monkeypatch, stage):
     steps = f"{stage}.steps=4".replace("control", "videojam")
     wanted = [f"stages={stage}", steps, "warmup=1", "cooldown=0.5"]
     go(straight, *wanted)
-    clip_gradients = common.clip_gradients
+    average_and_limit_gradients = common.average_and_limit_gradients
     calls = []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return clip_gradients(*args)
+        return average_and_limit_gradients(*args)
 
-    monkeypatch.setattr(common, "clip_gradients", killed)
+    monkeypatch.setattr(common, "average_and_limit_gradients", killed)
     with pytest.raises(KeyboardInterrupt):
         go(torn, *wanted)
     assert not (torn / f"{stage}.pt").exists()
@@ -443,7 +443,7 @@ def test_the_gradient_is_clipped_to_norm_1():
     """(3, 4) has norm 5 and becomes (0.6, 0.8)."""
     net = torch.nn.Linear(2, 1, bias=False)
     net.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert common.clip_gradients(net, train.CLIP) == pytest.approx(5)
+    assert common.average_and_limit_gradients(net, train.MAX_NORM) == pytest.approx(5)
     torch.testing.assert_close(net.weight.grad, torch.tensor([[0.6, 0.8]]), rtol=0, atol=1e-5)
 
 
