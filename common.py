@@ -397,8 +397,11 @@ def save_weights(config, stage, net, step, parent="", tae=""):
 
 def identity(path):
     """Eight letters that tell one file of weights from another: from the checksums in its zip."""
-    with zipfile.ZipFile(path) as file:
-        sums = [member.CRC for member in file.infolist() if "/data/" in member.filename]
+    try:
+        members = zipfile.ZipFile(path).infolist()
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is damaged: delete it and train that stage again") from None
+    sums = [member.CRC for member in members if "/data/" in member.filename]
     return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 

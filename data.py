@@ -624,7 +624,7 @@ def open_data(config, split="train", device="cpu"):
 # -------------------------------------------------------------------------------------------------
 # Latents: what the DiT is trained on
 
-PIXELS_AT_ONCE = 2**23                      # of the TAE: 64 clips of 32x32x32, 4 of 32x256x256
+PIXELS_AT_ONCE = 2**23                      # of the TAE: 4 clips of 32x256x256
 
 
 # z = [x, d] (section 4.2)

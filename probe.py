@@ -48,7 +48,7 @@ def load_models(run, device="", stages=common.STAGES[1:]):
         if pathlib.Path(run, f"{stage}.pt").exists():
             models[stage] = common.load_run(run, stage, device)
         else:
-            print(f"{run} has no {stage}.pt, so it is left out: train.py stages={stage} makes it")
+            print(f"{run} has no {stage}.pt, so it is left out: train.py run={run} stages={stage}")
     if not models:
         raise FileNotFoundError(f"{run} has none of {', '.join(stages)}: train first, "
                                 f"python train.py run={run}")

@@ -152,13 +152,14 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="", look=None):
     average = {name: w.detach().clone() for name, w in weights.items()}
     checkpoint = common.Checkpoint(config, stage, net, optimizer, average, parent)
     start = checkpoint.load()
+    if start > steps:
+        raise ValueError(f"{stage} is at step {start} already, found {steps} steps: ask for more")
     cuts = micro_batches(config, batch)
     log = common.Log(config, stage, start)
-    size = sum(p.numel() for p in net.parameters())
-    print0(f"{stage}: {size / 1e6:.2f} M parameters, step {start} to {steps}, {batch} clips = "
-           f"{WORLD} ranks x {len(cuts)} micro-batches x {len(cuts[0])}")
-    bar = tqdm(range(start, steps), f"{stage:>8}", steps, initial=start, disable=RANK > 0,
-               dynamic_ncols=True)
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    print0(f"{stage}: {size:.2f} M parameters, step {start} to {steps}, {batch} clips = {WORLD} "
+           f"ranks x {len(cuts)} micro-batches x {len(cuts[0])}")
+    bar = tqdm(range(start, steps), f"{stage:>8}", steps, initial=start, disable=RANK > 0)
     with common.catch_sigterm() as caught:
         for step in bar:
             # Forward and backward. Gradients are averaged over the ranks, whose shares of the
@@ -209,7 +210,7 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="", look=None):
 
 def tae_loss(config, tae, video, noise):
     """Of each clip (B, 3, T, H, W): reconstruction error, regulariser, squared error; (B,) each."""
-    mean, logvar = tae.moments(video)                                   # (B, C, T', H', W')
+    mean, logvar = [latent.float() for latent in tae.moments(video)]    # (B, C, T', H', W')
     again = tae.reconstruct(mean + (0.5 * logvar).exp() * noise)[:, :, :video.shape[2]]
     error = (again - video).float()
     square = error.square().flatten(1).mean(1)
@@ -312,6 +313,9 @@ def train_dit(config, stage, latents, device):
     if stage != "base":         # sec. 4.2: the base, but for the new motion layers; all are trained
         saved = common.read_weights(run / "base.pt")
         new = ("dit.motion_in.weight", "dit.motion_out.weight")
+        if saved["tae"] != tae_id:
+            raise ValueError(f"{run}/base.pt was trained on another tae.pt than the one beside "
+                             "it: delete base.* and train it again")
         common.load_into(net, saved["weights"], run / "base.pt", new)
         parent_id = common.identity(run / "base.pt")
         first = saved["step"]
@@ -378,7 +382,7 @@ def is_finished(config, stage):
 def main(arguments):
     began = time.time()
     config = common.load_config(arguments)
-    stages = config.stages.split(",")
+    stages = [stage for stage in common.STAGES if stage in config.stages.split(",")]
     device = common.start(config)
     todo = common.broadcast(lambda: [s for s in stages if not is_finished(config, s)])
     for stage in todo:
@@ -401,14 +405,14 @@ def main(arguments):
                 latents = data.Latents(config, common.load_tae(config, device), clips, device)
             train_dit(config, stage, latents, device)
     common.stop()
-    prompt = "a caption like yours"
-    if RANK == 0 and not config.data.root and stages != ["tae"]:
-        import probe                            # here, because probe.py imports this file
-        probe.report(config.run, config.device)
-        prompt = data.STRAIGHT[0]
-    print0(f'\nLook at {config.run}/samples. Next: '
-           f'python sample.py "{prompt}" --run {config.run}')
-    print0(f"all in {(time.time() - began) / 60:.1f} minutes")
+    if RANK == 0 and stages != ["tae"]:
+        prompt = "a caption like yours"
+        if not config.data.root:
+            import probe                        # here, because probe.py imports this file
+            probe.report(config.run, config.device)
+            prompt = data.STRAIGHT[0]
+        print(f'Next: python sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
+    print0(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")
 
 
 if __name__ == "__main__":
