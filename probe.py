@@ -634,7 +634,7 @@ def arguments_of(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("experiment", choices=EXPERIMENTS)
+    add("experiment", choices=[*EXPERIMENTS, "plan", "speed"])
     add("--run", default="runs/tiny", help="the run folder")
     add("--count", type=int, help="prompts or clips")
     add("--seed", type=int, default=0, help="of the first clip's noise")
@@ -650,10 +650,10 @@ def arguments_of(argv):
 
 
 def main(arguments):
-    if arguments[:1] == ["plan"]:
-        return plan(arguments[1:])
-    if arguments[:1] == ["speed"]:
-        return speed(arguments[1:])
+    keyed = {"plan": plan, "speed": speed}      # these two take key=value, the others flags
+    name, *pairs = arguments or [""]
+    if name in keyed and "--help" not in pairs:
+        return keyed[name](pairs)
     a = arguments_of(arguments)
     EXPERIMENTS[a.experiment](a)
 
