@@ -32,21 +32,18 @@ def wave(count, name):
 
 def fill_(net):
     """Set all weights and statistics of a RAFT by formula -> the net, in eval mode."""
-    state = net.state_dict()
-    for name, value in state.items():
+    for name, value in net.state_dict().items():
         noise = wave(value.numel(), name).view(value.shape)
         if name.startswith("update_block.flow_head.conv2.weight"):
-            new = noise / 2 / math.sqrt(value[0].numel())   # small steps, as a trained net takes
+            value.copy_(noise / 2 / math.sqrt(value[0].numel()))    # small steps, as when trained
         elif value.ndim == 4:
-            new = noise * 2 / math.sqrt(value[0].numel())   # a signal keeps its size under ReLU
+            value.copy_(noise * 2 / math.sqrt(value[0].numel()))    # ReLU halves the signal
         elif name.endswith("running_var"):
-            new = 1 + 0.5 * noise
-        elif name.endswith("weight"):                       # of a batch norm
-            new = 1 + 0.2 * noise
-        else:
-            new = 0.1 * noise
-        if value.is_floating_point():
-            value.copy_(new)
+            value.copy_(1 + 0.5 * noise)
+        elif name.endswith("weight"):                               # of a batch norm
+            value.copy_(1 + 0.2 * noise)
+        elif value.is_floating_point():
+            value.copy_(0.1 * noise)
     return net.eval()
 
 
@@ -87,31 +84,23 @@ def load_torchvision(folder):
         module.__path__ = [str(Path(folder, *name.split(".")[1:]))]     # where its real files are
         module.__dict__.update(contents)
 
-    def make_ntuple(x, n):
-        return tuple(x) if isinstance(x, (tuple, list)) else (x,) * n
-
     class Enum:
         def verify(weights):
             return weights
 
-    package("torchvision")
-    package("torchvision.utils", _log_api_usage_once=ignore, _make_ntuple=make_ntuple)
-    package("torchvision.transforms")
+    for name in ("", ".transforms", ".ops", ".models", ".models.optical_flow"):
+        package("torchvision" + name)
+    package("torchvision.utils", _log_api_usage_once=ignore, _make_ntuple=ignore)
     package("torchvision.transforms._presets", OpticalFlow=None)
-    package("torchvision.ops")
-    convolutions = importlib.import_module("torchvision.ops.misc").Conv2dNormActivation
-    sys.modules["torchvision.ops"].Conv2dNormActivation = convolutions
-    package("torchvision.models")
     package("torchvision.models._api", register_model=ignore, Weights=ignore, WeightsEnum=Enum)
     package("torchvision.models._utils", handle_legacy_interface=ignore)
-    package("torchvision.models.optical_flow")
+    convolutions = importlib.import_module("torchvision.ops.misc").Conv2dNormActivation
+    sys.modules["torchvision.ops"].Conv2dNormActivation = convolutions
     return importlib.import_module("torchvision.models.optical_flow.raft")
 
 
 @torch.no_grad()
 def main():
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tests/record_raft.py wheel/torchvision")
     torchvision_raft = load_torchvision(sys.argv[1])
     records = []
     for size, N, H, W, iters in CASES:
