@@ -1,8 +1,8 @@
 """Reading clips back from their pixels: where an object is, in which shape, and what it does.
 
 No network judges anything here. The world (data.py) paints its objects in six hues that are 60
-degrees apart, so even a blurred pixel can be named. What an object does is decided by PREDICATES,
-one rule for each motion of data.MOTIONS; `python probe.py predicates` tries them on ground truth.
+degrees apart, so even a blurred pixel can be named. What an object does is decided by `rules`, one
+for each motion of data.MOTIONS; `python probe.py predicates` tries them on ground truth.
 Coherence, which VideoJAM is about, is measured apart from obedience to the text: roughness, area
 variation, agreement of the generated motion with the frames, and frames without the object.
 
@@ -138,26 +138,52 @@ def shape_of(seen):
 
 
 def observe(path, area, turn, partner=None):
-    """What the rules look at, from the path (T, 2) of an object, its area (T,), its turn (T-1,) and
-    the path of its partner."""
-    n = len(path) - 1
+    """What the rules look at, from an object's path (T, 2), area (T,) and turn (T-1,), and the path
+    of its partner."""
     half = len(path) // 2
     quarter = max(1, len(area) // 4)
-    way = n * step(path)
-    line = path.mean(0) + np.outer(np.linspace(-0.5, 0.5, n + 1), way)
     o = types.SimpleNamespace(path=path, partner=partner)
     o.radius = math.sqrt(np.median(area) / math.pi)
-    o.way = way                                         # from the start to the end
-    o.length = norm(way)
+    o.way = (len(path) - 1) * step(path)                # from the start to the end
+    o.length = norm(o.way)
+    line = path.mean(0) + np.outer(np.linspace(-0.5, 0.5, len(path)), o.way)
     o.off_line = norm(path - line).mean()
     o.first = step(path[:half + 1])                     # the mean step in the first half
     o.last = step(path[-half - 1:])
     o.wander = wander(path)
     o.in_place = o.wander < 0.6 * o.radius              # the centre of a triangle that spins strays
     o.growth = area[-quarter:].mean() / area[:quarter].mean()
-    o.right_turns = (turn > 7).mean()                   # share of the frames
-    o.left_turns = (turn < -7).mean()
+    o.spin = (turn > 7).mean() - (turn < -7).mean()     # -1 to 1, clockwise positive
     return o
+
+
+def rules(o):
+    """{motion: does what was observed look like it?}, those of pairs only where there is one."""
+    does = {}
+    even = norm(o.first - o.last) < 0.25 * norm(o.first + o.last)
+    for direction in data.DIRECTIONS:
+        does[direction] = heads(o, direction) and o.off_line < 0.065 * o.length and even
+    same_size = 1 / 1.2 < o.growth < 1.2
+    does["still"] = o.wander < o.radius / 4 and same_size and abs(o.spin) < 0.6
+    does["growing"] = o.in_place and o.growth > 1.2
+    does["shrinking"] = o.in_place and o.growth < 1 / 1.2
+    does["spinning clockwise"] = o.in_place and o.spin > 0.6
+    does["spinning counter-clockwise"] = o.in_place and o.spin < -0.6
+    faster = o.last[1] > 1.6 * o.first[1] > 0
+    does["falling"] = heads(o, "down") and o.off_line < 0.12 * o.length and faster
+    does["zigzag"] = zigzags(o)
+    does["thrown"] = is_thrown(*o.path.T)
+    does["bouncing"] = bounces(*o.path.T, o.radius)
+    if o.partner is not None:
+        does["crossing"] = crosses(o)
+        does["colliding"] = collides(o)
+        does["orbiting clockwise"] = orbit(o) > 35
+        does["orbiting counter-clockwise"] = orbit(o) < -35
+    return does
+
+
+# What also holds wherever the first does: the object that crosses another moves in a straight line.
+IMPLIED = [("crossing", direction) for direction in ("right", "down", "left", "up")]
 
 
 def norm(vectors):
@@ -192,51 +218,14 @@ def heads(o, direction):
     return moves and angle_between(o.way, data.DIRECTIONS[direction]) <= 22.5
 
 
-def goes(o, direction):
-    """It heads there in a straight line, and in both halves of the clip alike."""
-    alike = norm(o.first - o.last) < 0.25 * norm(o.first + o.last)
-    in_line = o.off_line < 0.065 * o.length
-    return heads(o, direction) and in_line and alike
-
-
-def stands_still(o):
-    """It stays in place, as large as it was, and does not turn."""
-    same_size = 1 / 1.2 < o.growth < 1.2
-    turns_on = max(o.right_turns, o.left_turns) > 0.6
-    return o.wander < o.radius / 4 and same_size and not turns_on
-
-
-def grows(o):
-    """In place, it ends with 1.2 times the area that it began with."""
-    return o.in_place and o.growth > 1.2
-
-
-def shrinks(o):
-    return o.in_place and o.growth < 1 / 1.2
-
-
-def spins(o, sense):
-    """In place, it turns that way by more than 7 degrees in most frames."""
-    share = o.right_turns if sense == "clockwise" else o.left_turns
-    return o.in_place and share > 0.6
-
-
 def zigzags(o):
     """Across its way it goes to and fro, in four legs of like size."""
     across = np.array([-o.way[1], o.way[0]]) / max(o.length, 1e-9)
     gains = legs(o.path @ across)
     sizes = abs(gains)
-    moves = o.length > o.radius / 2
     turns_back = (gains[1:] * gains[:-1]).max() < 0
     alike = sizes.min() > max(0.55 * sizes.max(), 0.05 * o.length)
-    return moves and turns_back and alike
-
-
-def falls(o):
-    """It heads down, in a line, faster in the second half."""
-    in_line = o.off_line < 0.12 * o.length
-    faster = o.last[1] > 1.6 * o.first[1] > 0
-    return heads(o, "down") and in_line and faster
+    return o.length > o.radius / 2 and turns_back and alike
 
 
 def drifts(x):
@@ -246,26 +235,22 @@ def drifts(x):
     return one_way and sizes.min() > 0.6 * sizes.max()
 
 
-def is_thrown(o):
+def is_thrown(x, y):
     """It is highest in the middle of the clip, by a quarter of its way, as it drifts aside."""
-    x, y = o.path.T
     middle = 0.35 < y.argmin() / (len(y) - 1) < 0.7
     height = min(y[0], y[-1]) - y.min()
-    high = height > 0.25 * abs(x[-1] - x[0])
-    return middle and high and drifts(x)
+    return middle and height > 0.25 * abs(x[-1] - x[0]) and drifts(x)
 
 
-def bounces(o):
+def bounces(x, y, radius):
     """It drops, rises to less than before, and drops again, as it drifts aside."""
-    x, y = o.path.T
     floor = y[:len(y) // 2 + 1].argmax()
     apex = floor + y[floor:].argmin()
     drop = y[floor] - y[0]
     rise = y[floor] - y[apex]
     next_drop = y[apex:].max() - y[apex]
-    steep = drop > max(0.2 * o.radius, 0.45 * abs(x[-1] - x[0]))
-    bounced = 0.25 * drop < rise < 0.8 * drop and next_drop > rise / 2
-    return steep and bounced and drifts(x)
+    steep = drop > max(0.2 * radius, 0.45 * abs(x[-1] - x[0]))
+    return steep and 0.25 * drop < rise < 0.8 * drop and next_drop > rise / 2 and drifts(x)
 
 
 def crosses(o):
@@ -274,8 +259,7 @@ def crosses(o):
     gap = norm(between)
     near = gap.min() < 0.6 * min(gap[0], gap[-1])
     passed = angle_between(between[0], between[-1]) > 120
-    both_move = min(o.wander, wander(o.partner)) > o.radius / 2
-    return both_move and near and passed
+    return min(o.wander, wander(o.partner)) > o.radius / 2 and near and passed
 
 
 def collides(o):
@@ -293,45 +277,14 @@ def collides(o):
     return change < 0.5 * norm(before - its_before)
 
 
-def orbits(o, sense):
-    """Its angle around a partner at rest advances by 35 degrees or more, at a steady distance."""
+def orbit(o):
+    """By how many degrees it advances around a partner at rest, at a steady distance; else 0."""
     x, y = (o.path - o.partner).T
     gap = np.hypot(x, y)
     angle = np.unwrap(np.arctan2(y, x))
-    advance = math.degrees(angle[-1] - angle[0])
-    if sense == "counter-clockwise":
-        advance = -advance
     rests = wander(o.partner) < o.radius / 4
     steady = gap.std() < 0.15 * gap.mean()
-    return rests and steady and advance > 35
-
-
-PREDICATES = {                                          # motion: (rule, its argument)
-    **{direction: (goes, direction) for direction in data.DIRECTIONS},
-    "still": (stands_still,),
-    "zigzag": (zigzags,),
-    "crossing": (crosses,),
-    "growing": (grows,),
-    "shrinking": (shrinks,),
-    "spinning clockwise": (spins, "clockwise"),
-    "spinning counter-clockwise": (spins, "counter-clockwise"),
-    "orbiting clockwise": (orbits, "clockwise"),
-    "orbiting counter-clockwise": (orbits, "counter-clockwise"),
-    "falling": (falls,),
-    "thrown": (is_thrown,),
-    "bouncing": (bounces,),
-    "colliding": (collides,),
-}
-# What also holds wherever the first does: the object that crosses another moves in a straight line.
-IMPLIED = [("crossing", direction) for direction in ("right", "down", "left", "up")]
-
-
-def accepts(motion, o):
-    """Does what was observed look like this motion? A lost object (None) never does."""
-    rule, *argument = PREDICATES[motion]
-    if o is None or motion in data.PAIRED and o.partner is None:
-        return False
-    return bool(rule(o, *argument))
+    return math.degrees(angle[-1] - angle[0]) * (rests and steady)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -339,17 +292,14 @@ def accepts(motion, o):
 
 
 def look_at(video, words):
-    """`observe` for the objects that the words name; None where one of them is lost."""
+    """The `track` of the named object, and what `observe` says of it; None if one is lost."""
     objects = [track(video, thing["color"]) for thing in words["objects"]]
-    paths = []
-    for seen in objects:
-        if seen.found.sum() < max(3, len(seen.found) / 2):
-            return None
-        paths.append(without_gaps(seen.centroid.double().numpy()))
     named = objects[0]
+    if any(seen.found.sum() < max(3, len(seen.found) / 2) for seen in objects):
+        return named, None
+    paths = [without_gaps(seen.centroid.double().numpy()) for seen in objects]
     area = named.area[named.found].numpy()
-    turn = turns(video, named).numpy()
-    return observe(paths[0], area, turn, *paths[1:2])
+    return named, observe(paths[0], area, turns(video, named).numpy(), *paths[1:2])
 
 
 def without_gaps(path):
@@ -360,9 +310,10 @@ def without_gaps(path):
     return np.stack(columns, axis=1)
 
 
-def did(video, words):
-    """Does the clip (3, T, H, W) do what words["motion"] says?"""
-    return accepts(words["motion"], look_at(video, words))
+def judge(video, words):
+    """What the objects that the words name do in a clip, by all `rules`; {} if one is lost."""
+    _, o = look_at(video, words)
+    return {} if o is None else rules(o)
 
 
 def nearest_direction(u, v):
@@ -396,17 +347,19 @@ def read_clip(video, words, motion=None):
     asked = words["motion"]
     named = words["objects"][0]
     others = [thing["color"] for thing in words["objects"][1:]]
-    seen = track(video, named["color"])
-    o = look_at(video, words)
+    seen, o = look_at(video, words)
     area = seen.area[seen.found]
-    row = dict(motion=float(accepts(asked, o)), direction=math.nan)
+    names = "direction", "picture", "roughness", "area_variation", "agreement"
+    row = dict.fromkeys(names, math.nan)
+    row["motion"] = float(o is not None and rules(o).get(asked, False))
     if asked in data.DIRECTIONS:
         row["direction"] = float(o is not None and nearest_direction(*o.way) == asked)
+        if motion is not None:
+            row["picture"] = float(motion_direction(motion) == asked)
     row["colour"] = float(dominant_color(video, others) == named["color"])
     row["shape"] = float(shape_of(seen) == named["shape"])
     row["lost"] = 1 - seen.found.float().mean().item()
     row["area"] = area.mean().item() / seen.mask[0].numel()
-    row.update(roughness=math.nan, area_variation=math.nan, agreement=math.nan)
     if o is None:
         return row
     bends = norm(np.diff(o.path, 2, axis=0))

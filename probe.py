@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import pathlib
-import resource
 import time
 
 import numpy as np
@@ -32,7 +31,7 @@ import data
 import metrics
 import sample
 import train
-from flow import flow_to_rgb, rgb_to_flow
+from flow import rgb_to_flow
 
 HITS = ("colour", "direction", "motion", "shape")   # right or wrong: Wilson's interval
 SHARES = (*HITS, "lost")                            # in percent
@@ -60,12 +59,12 @@ def load_models(run, device="", stages=common.STAGES[1:]):
 
 
 @torch.no_grad()
-def through_tae(model, video, motion=False):
+def through_tae(model, video):
     """Clips (B, 3, T, H, W) encoded and decoded again, on the CPU."""
     clips = []
     for clip in video.split(sample.AT_ONCE):
-        z = model.tae.encode(clip.to(model.device), motion)
-        clips.append(model.tae.decode(z, video.shape[2], motion).clamp(-1, 1).cpu())
+        z = model.tae.encode(clip.to(model.device))
+        clips.append(model.tae.decode(z, video.shape[2]).clamp(-1, 1).cpu())
     return torch.cat(clips)
 
 
@@ -126,7 +125,7 @@ def write_side_by_side(path, streams, numbers, frames=4):
 
 
 def plot_steps(run, name, rows, value, label):
-    """One curve per stage over the steps of sampling, with their times t above; also as a table."""
+    """A curve per stage over the steps of sampling and their times; a table of the same."""
     curves = {}
     for row in rows:
         curves.setdefault(row["stage"], []).append(row)
@@ -140,20 +139,15 @@ def plot_steps(run, name, rows, value, label):
         from matplotlib.figure import Figure
     except ImportError:
         return print("no curves: matplotlib is missing, pip install matplotlib")
-    figure = Figure(layout="tight")
-    axes = figure.subplots()
+    axes = Figure(layout="tight").subplots()
     for stage, points in curves.items():
         steps = [point["step"] for point in points]
         axes.plot(steps, [point[value] for point in points], label=stage)
-        low = [point["low"] for point in points]
-        high = [point["high"] for point in points]
-        axes.fill_between(steps, low, high, alpha=0.25)
-    axes.set(xlabel="step of sampling", ylabel=label)
+        axes.fill_between(steps, [p["low"] for p in points], [p["high"] for p in points], alpha=0.2)
+    axes.set_xticks(steps[::2], [f"{p['step']}\n{p['t']:.2f}" for p in points[::2]])
+    axes.set(xlabel="step of sampling, and below it t", ylabel=label)
     axes.legend()
-    some = points[::max(1, len(points) // 6)]
-    axes.twiny().set(xlim=axes.get_xlim(), xlabel="t", xticks=[p["step"] for p in some],
-                     xticklabels=[f"{p['t']:.2f}" for p in some])
-    figure.savefig(pathlib.Path(run, "probe", f"{name}.png"))
+    axes.figure.savefig(pathlib.Path(run, "probe", f"{name}.png"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -176,9 +170,10 @@ def report(run, device="", seed=0, split="test", stages=common.STAGES[1:], count
     streams = {"ground truth": truth}
     for stage, model in models.items():
         streams.setdefault("through the TAE", through_tae(model, truth))
-        streams[stage], motion = sample.generate(model, prompts, seeds, **options)
+        s = sample.settings(model, **options)
+        streams[stage], motion = sample.generate(model, prompts, seeds, s)
 
-    numbers = dict(seed=seed, split=split, settings=vars(sample.settings(model, **options)))
+    numbers = dict(seed=seed, split=split, settings=vars(s))
     lines = []
     for name, videos in streams.items():
         rows = score(videos, prompts)
@@ -186,7 +181,7 @@ def report(run, device="", seed=0, split="test", stages=common.STAGES[1:], count
         lines.append([name, *(cell(numbers[name][metric], metric) for metric in REPORT)])
     title = f"{len(prompts)} straight lines, split {split}, seed {seed} [95 % interval]"
     print_table(title, ["", *REPORT.values()], lines)
-    numbers["tae_psnr_db"] = metrics.psnr(truth, streams["through the TAE"])
+    numbers["tae_psnr_db"] = metrics.psnr(truth, streams.pop("through the TAE"))
     print(f"TAE: {numbers['tae_psnr_db']:.1f} dB")
     if motion is not None:
         rows = []
@@ -200,7 +195,6 @@ def report(run, device="", seed=0, split="test", stages=common.STAGES[1:], count
     some = range(0, len(prompts), 9)                    # each of the eight directions once
     numbers["sheet"] = [prompts[i] for i in some]
     common.write_text(f"{run}/{out}.json", json.dumps(numbers, indent=1))
-    del streams["through the TAE"]
     write_side_by_side(f"{run}/{out}.png", streams, some)
     return numbers
 
@@ -224,7 +218,7 @@ def appearance_loss(model, z1, z0, t, captions):
     C = common.latent_size(model.config)[0]
     if not model.motion:
         z1, z0 = z1[:, :C], z0[:, :C]
-    t = t.expand(len(z1))
+    t = t.to(z1.device).expand(len(z1))
     u = model.dit(train.interpolate(z1, z0, t), t, *model.text(captions))
     return train.mse(u[:, :C], train.velocity(z1, z0)[:, :C])
 
@@ -234,23 +228,22 @@ def appearance_loss(model, z1, z0, t, captions):
 def permute(a):
     """The loss of clips with shuffled frames over that of the same clips, by step of sampling."""
     models, config = load_models(a.run, a.device)
-    tae = next(iter(models.values())).tae
-    device = next(iter(models.values())).device
+    first = next(iter(models.values()))
     world = data.open_data(config, "test")
-    times = schedule(config)
+    times = sample.schedule(config.sample)
     steps = range(0, config.sample.steps, max(1, config.sample.steps // 20))
     losses = {key: ([], []) for key in itertools.product(models, steps)}    # clean, shuffled
     for numbers in data.chunks(0, a.count or 256, config):
         draws = [common.generator(a.seed, "permute", i) for i in numbers]
         orders = torch.stack([torch.randperm(config.frames, generator=g) for g in draws])
-        batch = world.batch(numbers, device)
-        clean = data.encode(tae, batch, config.flow.sigma)
-        shuffled = data.encode(tae, shuffle_frames(batch, orders), config.flow.sigma)
-        z0 = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in draws]).to(device)
+        batch = world.batch(numbers, first.device)
+        clean = data.encode(first.tae, batch, config.flow.sigma)
+        shuffled = data.encode(first.tae, shuffle_frames(batch, orders), config.flow.sigma)
+        z0 = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in draws]).to(clean)
         for (stage, k), both in losses.items():
             for values, z1 in zip(both, (clean, shuffled)):
-                t = times[k].to(device)
-                values += appearance_loss(models[stage], z1, z0, t, batch["caption"]).tolist()
+                loss = appearance_loss(models[stage], z1, z0, times[k], batch["caption"])
+                values += loss.tolist()
     rows = []
     for (stage, k), (clean, shuffled) in losses.items():
         row = dict(stage=stage, step=k, t=times[k].item())
@@ -259,12 +252,6 @@ def permute(a):
         row["ratio"], row["low"], row["high"] = metrics.ratio(shuffled, clean)
         rows.append(row)
     plot_steps(a.run, "permute", rows, "ratio", "appearance loss, shuffled over clean")
-
-
-def schedule(config):
-    """The times of sampling, (steps+1,)."""
-    steps = config.sample.steps
-    return sample.linear_quadratic_schedule(steps, steps // 2, config.sample.emulated)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -279,7 +266,7 @@ def sdedit(a):
     batch = data.open_data(config, "test").batch(range(count))
     source = batch["video"]
     seeds = range(a.seed, a.seed + count)
-    times = schedule(config)
+    times = sample.schedule(config.sample)
     C, steps = common.latent_size(config)[0], config.sample.steps
     rows = []
     streams = {"source": source}
@@ -323,22 +310,11 @@ VARIANTS = {                                            # name: (stage, how it s
     "without Inner-Guidance": ("videojam", dict(w_motion=0.0)),
     "without optical flow": ("videojam", dict(use_motion=False)),
     "IP2P guidance": ("videojam", dict(guidance="ip2p")),
-    "shown the true motion": ("videojam", dict(guidance="none")),   # not in the paper
 }
 METRICS = ("motion", "direction", "colour", "shape", "lost", "roughness", "area_variation",
            "agreement")
 
 
-def show_motion(model, prompts, seeds, d1, **options):
-    """Sample while d_t is the true motion d1, noised to each t: do the frames follow it?"""
-    C = common.latent_size(model.config)[0]
-    z0 = sample.noise(model, seeds)
-    for _, t, z in sample.sampler(model, prompts, seeds, z=z0.clone(), **options):
-        z[:, C:] = t * d1 + (1 - t) * z0[:, C:]         # the sampler goes on from this tensor
-    return [clips.cpu() for clips in sample.decode(model, z)]
-
-
-@torch.no_grad()
 def ablate(a):
     """Every variant on the same prompts and noise, read from the pixels."""
     models, config = load_models(a.run, a.device)
@@ -346,50 +322,38 @@ def ablate(a):
     prompts = [data.PROMPTS[i * len(data.PROMPTS) // count] for i in range(count)]
     seeds = range(a.seed, a.seed + count)
     truth = data.open_data(config, "test").of_prompts(prompts)
-    pictures = flow_to_rgb(truth["flow"], config.flow.sigma)
     streams = {"ground truth": truth["video"]}
     rows = {"ground truth": score(truth["video"], prompts, truth["flow"])}
     again = through_tae(next(iter(models.values())), truth["video"])
     rows["through the TAE"] = score(again, prompts)
     for name, (stage, options) in VARIANTS.items():
-        if stage not in models:
-            continue
-        model = models[stage]
-        if name == "shown the true motion":
-            d1 = model.tae.encode(pictures.to(model.device), motion=True)
-            streams[name], motion = show_motion(model, prompts, seeds, d1, **options)
-        else:
-            streams[name], motion = sample.generate(model, prompts, seeds, **options)
-        flows = None if motion is None else rgb_to_flow(motion, config.flow.sigma)
-        rows[name] = score(streams[name], prompts, flows)
-    write_ablation(a.run, prompts, rows)
+        if stage in models:
+            s = sample.settings(models[stage], **options)
+            videos, motion = sample.generate(models[stage], prompts, seeds, s)
+            flows = None if motion is None else rgb_to_flow(motion, config.flow.sigma)
+            rows[name] = score(videos, prompts, flows)
+            streams[name] = videos
+    print_ablation(prompts, rows)
+    clips = [dict(variant=name, prompt=prompts[i], **row)
+             for name, its in rows.items() for i, row in enumerate(its)]
+    write_csv(a.run, "ablate", clips)
     write_side_by_side(f"{a.run}/probe/ablate.png", streams, range(0, count, max(1, count // 8)))
 
 
-def write_ablation(run, prompts, rows):
+def print_ablation(prompts, rows):
     """rows {variant: metrics of each clip} as tables: all clips; less VideoJAM; by group."""
-    clips, table, whole, less, by_group = [], [], [], [], []
+    whole, less, by_group = [], [], []
     groups = groups_of(prompts, rows["ground truth"])
+    best = rows.get("VideoJAM", rows["ground truth"])
     for name, its in rows.items():
-        clips += [dict(variant=name, prompt=prompt, **row) for prompt, row in zip(prompts, its)]
         whole.append([name, *(cell(summary(its, metric), metric) for metric in METRICS)])
-        line = [name]
-        for group, members in groups.items():
-            some = [its[i] for i in members]
-            line.append(cell(summary(some, "motion"), "motion"))
-            for metric in METRICS:
-                mean, low, high = summary(some, metric)
-                table.append(dict(variant=name, group=group, clips=len(some), metric=metric,
-                                  mean=mean, low=low, high=high))
-        by_group.append(line)
-        line = [name]
+        gaps = []
         for metric in METRICS:
-            own = [row[metric] for row in rows.get("VideoJAM", its)]
-            gap = metrics.paired(own, [row[metric] for row in its])
-            line.append(cell(gap, metric, sign="+"))
-        less.append(line)
-    write_csv(run, "ablate-clips", clips)
-    write_csv(run, "ablate", table)
+            gap = metrics.paired([row[metric] for row in best], [row[metric] for row in its])
+            gaps.append(cell(gap, metric, sign="+"))
+        less.append([name, *gaps])
+        parts = [summary([its[i] for i in members], "motion") for members in groups.values()]
+        by_group.append([name, *(cell(part, "motion") for part in parts)])
     print_table("all clips [95 % interval]", ["", *METRICS], whole)
     print_table("VideoJAM less each, clip by clip (shares in points)", ["", *METRICS], less)
     print_table("motion right, by kind and by size of the object", ["", *groups], by_group)
@@ -397,12 +361,11 @@ def write_ablation(run, prompts, rows):
 
 # Fig. 7: small objects are a limit of VideoJAM, as m of Eq. 5 shrinks with them.
 def groups_of(prompts, truth):
-    """{name: numbers of its clips}: all, by kind of motion, by thirds of the true object's area."""
-    kinds = [data.parse(prompt)["kind"] for prompt in prompts]
-    by_area = sorted(range(len(prompts)), key=[row["area"] for row in truth].__getitem__)
-    groups = {"all": range(len(prompts))}
-    for kind in data.KINDS:
-        groups[kind] = [i for i in range(len(prompts)) if kinds[i] == kind]
+    """{name: numbers of its clips}: by kind of motion, and by thirds of the true object's area."""
+    groups = {kind: [] for kind in data.KINDS}
+    for i, prompt in enumerate(prompts):
+        groups[data.parse(prompt)["kind"]].append(i)
+    by_area = np.argsort([row["area"] for row in truth])
     for name, third in zip(("small", "medium", "large"), np.array_split(by_area, 3)):
         groups[name] = third
     return groups
@@ -424,21 +387,20 @@ def vbench_aggregate(**scores):
 
 
 # -------------------------------------------------------------------------------------------------
-# Do the predicates of metrics.py read ground truth right?
+# Do the rules of metrics.py read ground truth right?
 
 
 def confusion(frames, side, count, seed=0):
-    """{motion: {predicate: which share of its true clips it accepts}}."""
+    """{motion: {rule: which share of the motion's true clips it accepts}}."""
     world = data.MovingShapes(frames, side, side, seed, "val")
     matrix = {}
     for motion in data.MOTIONS:
+        accepted = dict.fromkeys(data.MOTIONS, 0)
         prompts = data.fixed_prompts([motion], count)
-        accepted = dict.fromkeys(metrics.PREDICATES, 0)
         for video, prompt in zip(world.of_prompts(prompts)["video"], prompts):
-            seen = metrics.look_at(video, data.parse(prompt))
-            for predicate in accepted:
-                accepted[predicate] += metrics.accepts(predicate, seen)
-        matrix[motion] = {predicate: n / count for predicate, n in accepted.items()}
+            for rule, agrees in metrics.judge(video, data.parse(prompt)).items():
+                accepted[rule] += bool(agrees)
+        matrix[motion] = {rule: n / count for rule, n in accepted.items()}
     return matrix
 
 
@@ -446,39 +408,23 @@ def predicates(a):
     """The confusion matrix at two sizes, in percent."""
     for frames, side in ((8, 32), (16, 64)):
         matrix = confusion(frames, side, a.count or 40, a.seed)
-        rows, lines, right, wrong = [], [], [], []
+        lines, wrong = [], []
         for k, (motion, shares) in enumerate(matrix.items(), 1):
-            rows.append(dict(motion=motion, **shares))
             shown = [f"{100 * share:.0f}" if share else "." for share in shares.values()]
             lines.append([f"{k} {motion}", *shown])
-            for predicate, share in shares.items():
-                if predicate == motion:
-                    right.append(share)
-                elif (motion, predicate) not in metrics.IMPLIED:
-                    wrong.append(share)
-        title = f"{frames} x {side} x {side}: a motion's clips, accepted by each predicate, in %"
-        print_table(title, ["", *map(str, range(1, len(rows) + 1))], lines)
+            wrong += [share for rule, share in shares.items()
+                      if rule != motion and (motion, rule) not in metrics.IMPLIED]
+        right = [shares[motion] for motion, shares in matrix.items()]
+        title = f"{frames} x {side} x {side}: a motion's clips, accepted by each rule, in %"
+        print_table(title, ["", *map(str, range(1, len(right) + 1))], lines)
         print(f"right: {np.mean(right):.1%}, of each motion at least {min(right):.1%}")
         print(f"wrong and not implied: {np.mean(wrong):.2%}, in a cell at most {max(wrong):.1%}")
+        rows = [dict(motion=motion, **shares) for motion, shares in matrix.items()]
         write_csv(a.run, f"predicates-{frames}x{side}", rows)
 
 
 # -------------------------------------------------------------------------------------------------
 # How large, how long? (App. C)
-
-
-def split_arguments(arguments, **numbers):
-    """key=value arguments -> the numbers that are named here, and a config of the others."""
-    rest = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in numbers:
-            rest.append(argument)
-        elif value.replace(".", "", 1).isdigit():
-            numbers[key] = float(value)
-        else:
-            raise ValueError(f"{argument}: expected a number")
-    return numbers, common.load_config(rest)
 
 
 def parameters(*nets):
@@ -517,18 +463,15 @@ def memory(config, gpus):
         blocks = len(dit.blocks) * N * 4 * D + block
     clips = math.ceil(config.batch / gpus)
     clips = min(clips, config.micro_batch or clips)
-    share = parameters(text, dit) / gpus
-    parts = {"weights": 4 * share, "gradients": 4 * share, "AdamW": 8 * share}
-    parts["averaged weights"] = 4 * share
-    parts["activations"] = clips * blocks
+    share = 4 * parameters(text, dit) / gpus            # in fp32
+    parts = {"weights": share, "gradients": share, "AdamW": 2 * share, "averaged weights": share,
+             "activations": clips * blocks}
     return {**parts, "together": sum(parts.values())}
 
 
-def plan(arguments):
+def plan(config, gpus, utilisation, tflops, **others):
     """The size, FLOPs, hours and memory of a training, without doing it. A few blocks that FSDP
     gathers, or copies of weights that autocast makes, come on top of the memory."""
-    own, config = split_arguments(arguments, gpus=1, utilisation=0.4, tflops=989)
-
     def show(name, number, unit):
         print(f"{name:<26}{number:14,.3f} {unit}")
 
@@ -544,13 +487,12 @@ def plan(arguments):
     step = 3 * config.batch * forward_flops(config, motion=True)    # backward is two forwards
     show("a step of VideoJAM", step / 1e12, f"TFLOPs, {config.batch} clips")
     show("encoding them", 2 * config.batch * encoding.get_total_flops() / 1e12, "TFLOPs")
-    seconds = step / (own["gpus"] * own["tflops"] * 1e12 * own["utilisation"])
-    settings = " ".join(f"{key}={value:g}" for key, value in own.items())
-    show("a step, without encoding", seconds, f"s with {settings}")
+    seconds = step / (gpus * tflops * 1e12 * utilisation)
+    show("a step, without encoding", seconds, f"s with {gpus=:g} {tflops=:g} {utilisation=:g}")
     for stage in ("base", "videojam"):
         steps = config[stage].steps
         show(stage, seconds * steps / 3600, f"hours for {steps} steps")
-    for name, size in memory(config, int(own["gpus"])).items():
+    for name, size in memory(config, gpus).items():
         show(f"memory: {name}", size / 1e9, "GB per GPU")
 
 
@@ -576,43 +518,33 @@ def training_step(config, net, optimizer, z1, captions, draws, motion):
     optimizer.step()
 
 
-def speed(arguments):
-    """Time training steps of the base and of the joint net in turn; MFU is a share of tflops=."""
-    own, config = split_arguments(arguments, steps=20, tflops=989)
+def speed(config, steps, tflops, **others):
+    """Time training steps of the base and of the joint net; MFU is a share of tflops=."""
     device = common.start(config)
-    net = common.build_nets(config, device, motion=True)
-    layers = net.dit.motion_in, net.dit.motion_out
-    optimizer = train.make_optimizer(config, net, 1e-4)
-    C, T, H, W = net.dit.size
-    z1 = torch.randn(config.batch, 2 * C, T, H, W).to(device)
     captions = (data.PROMPTS * config.batch)[:config.batch]
-    draws = [train.draw(config, 0, row, z1.shape[1:]) for row in range(config.batch)]
-    draws = [torch.stack(values).to(device) for values in zip(*draws)]
-    took = {"base": [], "joint": []}
-    for k in range(int(own["steps"]) + 2):              # the first two allocate and compile
-        for name, times in took.items():
-            motion = name == "joint"                    # the base is the net without these layers
-            net.dit.motion_in, net.dit.motion_out = layers if motion else (None, None)
-            step = config, net, optimizer, z1, captions, draws, motion
-            times.append(timed(device, training_step, *step))
     rows = []
-    for name, times in took.items():
-        seconds = np.median(times[2:])
-        flops = 3 * config.batch * forward_flops(config, name == "joint")
-        row = dict(net=name, seconds=seconds, clips_per_s=config.batch / seconds)
-        row["tokens_per_s"] = config.batch * T * H * W / net.dit.patch ** 2 / seconds
-        row["tflops"] = flops / 1e12 / seconds
-        row["mfu"] = row["tflops"] / own["tflops"]
+    for stage in ("base", "videojam"):
+        motion = stage == "videojam"
+        net = common.build_nets(config, device, motion)
+        optimizer = train.make_optimizer(config, net, 1e-4)
+        C, T, H, W = net.dit.size
+        z1 = torch.randn(config.batch, 2 * C, T, H, W).to(device)
+        draws = [train.draw(config, 0, row, z1.shape[1:]) for row in range(config.batch)]
+        draws = [torch.stack(values).to(device) for values in zip(*draws)]
+        step = config, net, optimizer, z1, captions, draws, motion
+        times = [timed(device, training_step, *step) for _ in range(int(steps) + 2)]
+        seconds = np.median(times[2:])                  # the first two allocate and compile
+        row = dict(stage=stage, seconds=seconds, clips_per_s=config.batch / seconds)
+        row["tokens_per_s"] = row["clips_per_s"] * T * H * W / net.dit.patch ** 2
+        row["tflops"] = 3 * row["clips_per_s"] * forward_flops(config, motion) / 1e12
+        row["mfu"] = row["tflops"] / tflops
         rows.append(row)
-    lines = [[f"{x:.4g}" if x != row["net"] else x for x in row.values()] for row in rows]
+    lines = [[row["stage"], *(f"{x:.4g}" for x in list(row.values())[1:])] for row in rows]
     print_table(f"{config.batch} clips a step on {device}", list(rows[0]), lines)
     write_csv(config.run, "speed", rows)
-    measured = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"memory: {memory(config, 1)['together'] / 1e9:.2f} GB planned")
     if device.type == "cuda":
-        measured = torch.cuda.max_memory_allocated()
-    planned = memory(config, 1)["together"]
-    print(f"memory: {planned / 1e9:.2f} GB planned, {measured / 1e9:.2f} GB measured "
-          "(on a CPU with Python and torch)")
+        print(f"memory: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated at most")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -630,7 +562,18 @@ EXPERIMENTS = {"report": report_command, "permute": permute, "sdedit": sdedit, "
                "predicates": predicates}
 
 
-def arguments_of(argv):
+def main(argv):
+    if argv[:1] in (["plan"], ["speed"]) and not {"-h", "--help"} & set(argv):
+        own = dict(gpus=1, utilisation=0.4, tflops=989, steps=20)
+        rest = []
+        for argument in argv[1:]:
+            key, _, value = argument.partition("=")
+            if key in own:
+                own[key] = float(value)
+            else:
+                rest.append(argument)
+        command = plan if argv[0] == "plan" else speed
+        return command(common.load_config(rest), **own)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -646,15 +589,7 @@ def arguments_of(argv):
     add("--guidance", default="inner", choices=("inner", "ip2p", "text", "none"), help="report")
     add("--no-motion", action="store_true", help="report: d = 0 at every step")
     add("--out", default="report", help="report: the name of its two files")
-    return parser.parse_args(argv)
-
-
-def main(arguments):
-    keyed = {"plan": plan, "speed": speed}      # these two take key=value, the others flags
-    name, *pairs = arguments or [""]
-    if name in keyed and "--help" not in pairs:
-        return keyed[name](pairs)
-    a = arguments_of(arguments)
+    a = parser.parse_args(argv)
     EXPERIMENTS[a.experiment](a)
 
 

@@ -42,6 +42,11 @@ def linear_quadratic_schedule(steps=100, linear_steps=50, emulated_steps=1000):
     return (torch.cat([linear, quadratic]) / N).float()
 
 
+def schedule(settings):
+    """The times of config.sample, or of `settings` below: half of the steps are linear."""
+    return linear_quadratic_schedule(settings.steps, settings.steps // 2, settings.emulated)
+
+
 # Eq. 7 asks for p([x,d] | y) p(y | [x,d])^w1 p(d | x, y)^w2. By Bayes both factors are ratios of
 # joint densities; the gradient of the logarithm with respect to [x_t, d_t] is Eq. 8. A velocity is
 # affine in that score and the weights of Eq. 8 add up to 1, so it holds for velocities as well.
@@ -91,7 +96,7 @@ def noise(model, seeds):
 def guided_velocity(model, z, t, text, mask, s, first_half):
     """The guided u at z and one time t, its branches in one batch.
 
-    text (B+1, L, D), mask (B+1, L): of the prompts and, in the last row, of no text; s: settings.
+    text (B+1, L, D), mask (B+1, L): of the prompts and, in the last row, of no text; s: `settings`.
     """
     B, C = len(z), common.latent_size(model.config)[0]
     no_d = z.clone()
@@ -123,20 +128,19 @@ def guided_velocity(model, z, t, text, mask, s, first_half):
 
 
 @torch.no_grad()
-def sampler(model, prompts, seeds, start=0, z=None, **options):
+def sampler(model, prompts, seeds, s=None, start=0, z=None, bar=False):
     """Euler steps from noise to data: yields (k, t_k, z) for k = start ... steps.
 
-    prompts, seeds: B each; options: those of `settings`; z: go on from it at step `start` (SDEdit).
+    prompts, seeds: B each; s: `settings`; z: go on from it at step `start` (SDEdit).
     """
-    s = settings(model, **options)
-    half = s.steps // 2                     # linear steps of the schedule, and those motion guides
-    times = linear_quadratic_schedule(s.steps, half, s.emulated).to(model.device)
+    s = s or settings(model)
+    times = schedule(s).to(model.device)
     text, mask = model.text([*prompts, ""])
     z = noise(model, seeds) if z is None else z
     C = common.latent_size(model.config)[0]
     yield start, times[start].item(), z
-    for k in range(start, s.steps):
-        u = guided_velocity(model, z, times[k], text, mask, s, k < half)
+    for k in tqdm(range(start, s.steps), f"sampling {len(z)}", disable=not bar, leave=False):
+        u = guided_velocity(model, z, times[k], text, mask, s, k < s.steps // 2)
         if not s.use_motion:
             u[:, C:] = 0                        # d is not integrated
         z = z + (times[k + 1] - times[k]) * u
@@ -153,22 +157,20 @@ def decode(model, z):
     return video, model.tae.decode(z[:, C:], frames, motion=True).clamp(-1, 1)
 
 
-def generate(model, prompts, seeds, bar=True, **options):
+def generate(model, prompts, seeds, s=None, bar=True):
     """Clip after clip, in batches -> video and motion picture (or None) as `decode`, on the CPU."""
     if not prompts:
         raise ValueError('found no prompt, expected one: python sample.py "a red square falling"')
-    s = settings(model, **options)
+    s = s or settings(model)
     videos, motions = [], []
-    total = s.steps * math.ceil(len(prompts) / AT_ONCE)
-    with tqdm(total=total, desc=f"sampling {len(prompts)}", disable=not bar, leave=False) as done:
-        for i in range(0, len(prompts), AT_ONCE):
-            some = slice(i, i + AT_ONCE)
-            for k, t, z in sampler(model, prompts[some], seeds[some], **options):
-                done.update(k > 0)          # the first state is noise, before any step
-            video, motion = decode(model, z)
-            videos.append(video.cpu())
-            if s.use_motion:                    # else d stayed noise
-                motions.append(motion.cpu())
+    for i in range(0, len(prompts), AT_ONCE):
+        some = slice(i, i + AT_ONCE)
+        for _, _, z in sampler(model, prompts[some], seeds[some], s, bar=bar):
+            pass                                # the last state is the clips
+        video, motion = decode(model, z)
+        videos.append(video.cpu())
+        if s.use_motion:                        # else d stayed noise
+            motions.append(motion.cpu())
     return torch.cat(videos), torch.cat(motions) if motions else None
 
 
@@ -233,12 +235,11 @@ def main(argv):
         raise ValueError(f"--out {out} --count {a.count}: expected .mp4, .gif or a folder, "
                          "and at least one clip per prompt")
     model = common.load_run(a.run, a.stage, a.device)
-    options = dict(steps=a.steps, w_text=a.w_text, w_motion=a.w_motion, guidance=a.guidance,
-                   use_motion=not a.no_motion)
+    s = settings(model, a.steps, a.w_text, a.w_motion, a.guidance, not a.no_motion)
     prompts = [prompt for prompt in prompts for _ in range(a.count)]
     seeds = range(a.seed, a.seed + len(prompts))
-    videos, motions = generate(model, prompts, seeds, **options)
-    print(vars(settings(model, **options)))
+    videos, motions = generate(model, prompts, seeds, s)
+    print(vars(s))
     if a.prompts and a.out and not out.suffix:
         return write_vbench(out, prompts, videos, a.count, model.config.fps)
     if out.suffix:                              # all in one picture, below each other

@@ -406,11 +406,10 @@ def main(arguments):
             train_dit(config, stage, latents, device)
     common.stop()
     if RANK == 0 and stages != ["tae"]:
-        prompt = "a caption like yours"
         if not config.data.root:
             import probe                        # here, because probe.py imports this file
             probe.report(config.run, config.device)
-            prompt = data.STRAIGHT[0]
+        prompt = clips.prompts()[0]
         print(f'Next: python sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
     print0(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")
 

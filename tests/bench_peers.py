@@ -199,7 +199,8 @@ def guidance(a):
     net = types.SimpleNamespace(config=config, motion=True, device=device, **nets)
 
     def work(kind):
-        list(sample.sampler(net, data.PROMPTS[:8], range(8), steps=100, guidance=kind))
+        s = sample.settings(net, steps=100, guidance=kind)
+        list(sample.sampler(net, data.PROMPTS[:8], range(8), s))
     took = in_turn(a, dict(ours=lambda: work("inner"), theirs=lambda: work("text")), a.reps)
     print_row("Inner-Guidance, beside text guidance", "at most 1.28x", **took)
 

@@ -90,7 +90,8 @@ def test_report_against_a_plain_loop(run):
     prompts = data.straight_prompts("val", 6)
     assert not set(prompts) & set(data.STRAIGHT)
     model = common.load_run(run)
-    videos, motion = sample.generate(model, prompts, range(3, 9), w_text=1.0, w_motion=0.5)
+    s = sample.settings(model, w_text=1.0, w_motion=0.5)
+    videos, motion = sample.generate(model, prompts, range(3, 9), s)
     colour = [metrics.dominant_color(v) == data.parse(p)["objects"][0]["color"]
               for v, p in zip(videos, prompts)]
     assert numbers["videojam"]["colour"][0] == pytest.approx(np.mean(colour))
@@ -196,7 +197,7 @@ def test_sdedit_hides_the_motion(run, monkeypatch):
     probe_main(run, "sdedit", "--count", 2)
     model = common.load_run(run)
     z0 = sample.noise(model, range(2))
-    times = probe.schedule(model.config)
+    times = sample.schedule(model.config.sample)
     for motion, k, z in seen:
         if motion:
             torch.testing.assert_close(z[:, 4:], (1 - times[k]) * z0[:, 4:])
@@ -209,7 +210,7 @@ def test_ablate(run, capsys):
     """All variants on the same prompts and noise. References: the paper's list, and the means and
     paired differences computed here from the rows of the clips."""
     probe_main(run, "ablate", "--count", 8)
-    clips, means = table(run, "ablate-clips"), table(run, "ablate")
+    clips = table(run, "ablate")
     by_variant = {}
     for row in clips:
         by_variant.setdefault(row["variant"], []).append(row)
@@ -218,13 +219,10 @@ def test_ablate(run, capsys):
     assert {row["prompt"] for row in clips} == set(data.PROMPTS[::16])
     rough = {name: np.array([float(r["roughness"]) for r in rows])
              for name, rows in by_variant.items()}
-    mean = next(row for row in means if row["variant"] == "control" and row["group"] == "all"
-                and row["metric"] == "roughness")
-    assert float(mean["mean"]) == pytest.approx(np.nanmean(rough["control"]))
-    less = np.nanmean(rough["VideoJAM"] - rough["base"])
-    part = capsys.readouterr().out.partition("VideoJAM less each")[2]
-    line = next(line for line in part.splitlines() if line.startswith("base"))
-    assert f" {less:+.2f} [" in line
+    whole, _, less = capsys.readouterr().out.partition("VideoJAM less each")
+    for part, mean in ((whole, f" {np.nanmean(rough['base']):.2f} ["),
+                       (less, f" {np.nanmean(rough['VideoJAM'] - rough['base']):+.2f} [")):
+        assert mean in next(line for line in part.splitlines() if line.startswith("base"))
 
 
 def test_groups():
@@ -232,18 +230,8 @@ def test_groups():
     prompts = ["a red square falling", "a red circle moving up", "a red cross growing"]
     groups = probe.groups_of(prompts, [dict(area=0.3), dict(area=0.1), dict(area=0.2)])
     assert {name: list(members) for name, members in groups.items()} == {
-        "all": [0, 1, 2], "basic": [1], "complex": [2], "rotational": [], "physics": [0],
+        "basic": [1], "complex": [2], "rotational": [], "physics": [0],
         "small": [1], "medium": [2], "large": [0]}
-
-
-def test_the_true_motion_is_shown(run):
-    """At the end d is the true motion, whatever the net says. Reference: its latent decoded."""
-    model = common.load_run(run)
-    batch = data.open_data(model.config, "test").of_prompts(data.STRAIGHT[:2])
-    d1 = model.tae.encode(flow.flow_to_rgb(batch["flow"], 0.1), motion=True)
-    video, motion = probe.show_motion(model, data.STRAIGHT[:2], [3, 4], d1, guidance="none")
-    expected = model.tae.decode(d1, 8, motion=True).clamp(-1, 1)
-    torch.testing.assert_close(motion, expected, atol=1e-4, rtol=0)
 
 
 # ---- plan and speed
@@ -331,7 +319,7 @@ def test_bad_input(run, tmp_path):
     """No stage at all, a folder of videos, an unknown experiment, no number: one line each."""
     status, out, err = command("probe.py", "permute", "--run", tmp_path)
     assert status == 1 and "has none of base, control, videojam" in err
-    with pytest.raises(ValueError, match="gpus=many: expected a number"):
+    with pytest.raises(ValueError, match="many"):
         probe.main(["plan", "gpus=many"])
     with pytest.raises(SystemExit):
         probe.main(["permeate"])

@@ -148,8 +148,9 @@ def test_guided_velocity(options, first_half, factors):
     assert sorted(seen) == sorted(factors)
 
 
-def states_of(model, steps=10, **options):
-    return list(sample.sampler(model, PROMPTS, [3, 4], steps=steps, **options))
+def states_of(model, steps=10, start=0, z=None, **options):
+    s = sample.settings(model, steps, **options)
+    return list(sample.sampler(model, PROMPTS, [3, 4], s, start, z))
 
 
 def test_every_state_is_yielded():
@@ -232,7 +233,8 @@ def test_a_clip_depends_on_its_prompt_and_seed_alone(trained, monkeypatch):
     monkeypatch.setattr(sample, "AT_ONCE", 2)
     for one, other in zip(sample.generate(model, prompts, [1, 2, 3], bar=False), (video, motion)):
         close(one, other)
-    assert sample.generate(model, prompts, [1, 2, 3], bar=False, use_motion=False)[1] is None
+    no_motion = sample.settings(model, use_motion=False)
+    assert sample.generate(model, prompts, [1, 2, 3], no_motion, bar=False)[1] is None
     with pytest.raises(ValueError, match="found no prompt"):
         sample.generate(model, [], [])
 
