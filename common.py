@@ -1,7 +1,5 @@
 """What every script shares and no part of the paper: config, ranks, weights, checkpoints, pictures.
 
-To read the method, start with flow.py, model.py, train.py and sample.py. They use from here:
-
     load_config, build_*            config.yaml and the command line -> a config -> the networks
     start, stop, broadcast          one process, or many under torchrun (FSDP2)
     save_weights, load_run          the weights of a finished stage, one plain file
@@ -31,8 +29,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -77,22 +73,18 @@ def nest(flat):
     """{dotted key: value} -> a nested Config."""
     config = Config()
     for key, value in flat.items():
-        *path, last = key.split(".")
-        place = config
-        for part in path:
-            place = place.setdefault(part, Config())
-        place[last] = value
+        part, _, name = key.rpartition(".")
+        place = config.setdefault(part, Config()) if part else config
+        place[name] = value
     return config
 
 
 def read_pair(argument, defaults):
     """"dit.depth=3" -> ("dit.depth", 3), a value of the default's type; ValueError in one line."""
     key, equals, text = argument.partition("=")
-    if not equals:
-        raise ValueError(f"found {argument!r}, expected key=value, as preset=small; see --help")
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.4) or ["one of config.yaml"]
-        raise ValueError(f"unknown key {key!r}, did you mean {near[0]}?")
+    if key not in defaults or not equals:
+        near, = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+        raise ValueError(f"found {argument!r}, expected key=value: did you mean {near}=...?")
     kind = type(defaults[key])
     if kind is str:
         return key, text
@@ -102,8 +94,9 @@ def read_pair(argument, defaults):
         value = None
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{key}={text}: expected a {kind.__name__} like {defaults[key]}")
+    if type(value) is not kind or kind is list and {type(n) for n in value} != {int}:
+        like = json.dumps(defaults[key])
+        raise ValueError(f"found {argument}, expected a {kind.__name__} like {like}")
     return key, value
 
 
@@ -119,12 +112,12 @@ def load_config(arguments=()):
     path = pathlib.Path(run, "config.json")
     try:
         stored = flatten(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, AttributeError):
+    except ValueError:
         raise ValueError(f"{path} is no config of train.py: repair or delete it") from None
-    preset = given.get("preset") or stored.get("preset", flat["preset"])
+    preset = given.get("preset", stored.get("preset", flat["preset"]))
     if preset not in document["presets"]:
         raise ValueError(f"preset={preset}: expected one of {', '.join(document['presets'])}")
-    flat.update(flatten(document["presets"][preset] or {}))
+    flat.update(flatten(document["presets"][preset]))
     flat.update({key: stored[key] for key in flat.keys() & stored.keys() - {"stages"}})
     for key, value in given.items():
         if key not in MAY_CHANGE and stored.get(key, value) != value:
@@ -137,7 +130,6 @@ def load_config(arguments=()):
 
 MAY_BE_ZERO = """seed micro_batch data.cache tae.steps base.steps videojam.steps text.depth warmup
     sample_every""".split()
-WORDS = dict(precision=("auto", "bf16", "fp32"), compile=("auto", "always", "never"))
 
 
 def check(flat):
@@ -146,31 +138,24 @@ def check(flat):
         if not ok:
             raise ValueError(f"config: found {key}={flat[key]}, expected {expected}")
 
-    def need_multiple(key, factor):
-        need(flat[key] % factor == 0, key, f"a multiple of {factor}")
-
     for key, value in flat.items():
-        if type(value) is int:
-            need(value > 0 or value == 0 and key in MAY_BE_ZERO, key, "a positive number")
-        if type(value) is float:
-            need(math.isfinite(value) and (value >= 0 or key == "t_mean"), key, "0 or more")
+        if type(value) in (int, float) and key != "t_mean":
+            least = 0 if key in MAY_BE_ZERO or type(value) is float else 1
+            need(value >= least, key, f"at least {least}")
     for key in ("drop_text", "drop_motion", "ema", "cooldown", "world.texture", "world.basic"):
         need(flat[key] <= 1, key, "at most 1")
-    for key, words in WORDS.items():
-        need(flat[key] in words, key, f"one of {', '.join(words)}")
+    need(flat["precision"] in ("auto", "bf16", "fp32"), "precision", "auto, bf16 or fp32")
+    need(flat["compile"] in ("auto", "always", "never"), "compile", "auto, always or never")
     need(set(flat["stages"].split(",")) <= set(STAGES), "stages", f"some of {','.join(STAGES)}")
     need(1 < flat["sample.steps"] <= flat["sample.emulated"], "sample.steps", "2 to emulated")
-    need_multiple("height", flat["tae.spatial"] * flat["dit.patch"])
-    need_multiple("width", flat["tae.spatial"] * flat["dit.patch"])
-    need_multiple("dit.dim", flat["dit.heads"])
-    need_multiple("text.dim", flat["text.heads"])
-    need_multiple("tae.batch", 2)                       # half of it is painted optical flow
-    need_multiple("tae.tile", 2 * flat["tae.temporal"])     # tiles overlap by half
-    for key, least in (("tae.widths", 1), ("tae.blocks", 0)):
-        whole = all(type(n) is int and n >= least for n in flat[key])
-        need(whole, key, f"whole numbers of at least {least}")
-    halvings = len(flat["tae.widths"]) - 1
-    need(len(flat["tae.blocks"]) == halvings > 0, "tae.blocks", "one number fewer than tae.widths")
+    pixels = flat["tae.spatial"] * flat["dit.patch"]        # of a token
+    divisors = {"height": pixels, "width": pixels, "dit.dim": flat["dit.heads"],
+                "text.dim": flat["text.heads"], "tae.batch": 2,     # half is painted optical flow
+                "tae.tile": 2 * flat["tae.temporal"]}               # tiles overlap by half
+    for key, divisor in divisors.items():
+        need(flat[key] % divisor == 0, key, f"a multiple of {divisor}")
+    fits = len(flat["tae.blocks"]) == len(flat["tae.widths"]) - 1
+    need(fits, "tae.blocks", "one number fewer than tae.widths")
     with torch.device("meta"):          # its constructor knows which widths fit together
         build_tae(nest(flat))
 
@@ -202,10 +187,10 @@ def build_dit(config, motion=False):
 # One process or many. All ranks do the same work on their share of each batch.
 
 
-def print0(*text):
+def print0(text):
     """Print on rank 0, above the progress bar."""
     if RANK == 0:
-        tqdm.write(" ".join(map(str, text)))
+        tqdm.write(text)
 
 
 def barrier():
@@ -215,8 +200,7 @@ def barrier():
 
 def broadcast(work):
     """What work() returns on rank 0, or its error, on every rank: ranks that looked at the disk
-    each for itself could disagree, and then wait for each other for ever.
-    """
+    each for itself could disagree, and then wait for each other for ever."""
     box = [None, None]
     if RANK == 0:
         try:
@@ -232,14 +216,16 @@ def broadcast(work):
 
 def find_device(name=""):
     """That device, or cuda, else mps, else cpu; under torchrun each rank has its own GPU."""
-    mps = torch.backends.mps.is_available()
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    kind, _, number = (name or best).partition(":")
-    index = LOCAL_RANK if WORLD > 1 else int(number or 0)
-    there = {"cuda": index < torch.cuda.device_count(), "mps": mps, "cpu": True}
-    if not there.get(kind):
-        raise ValueError(f"device={kind}, number {index}: not on this machine; its best is {best}")
-    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    there = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    there.append("cpu")
+    name = name or there[0].partition(":")[0]
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    if name not in there:
+        raise ValueError(f"found device={name}, expected one of {', '.join(there)}")
+    return torch.device(name)
 
 
 def start(config):
@@ -285,7 +271,7 @@ def build_nets(config, device, motion=False):
         for block in net.dit.blocks:
             block.compile()
     if WORLD > 1:
-        mesh = init_device_mesh(device.type, (WORLD,))
+        mesh = dist.init_device_mesh(device.type, (WORLD,))
         dtype = torch.bfloat16 if uses_bf16(config, device) else None
         # Inputs are not cast: bf16 has too few digits for t. Autocast casts what may be.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -307,23 +293,60 @@ def average_and_limit_gradients(net, limit):
     return norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
 
 
-# -------------------------------------------------------------------------------------------------
-# Randomness and small files
-
-
 def generator(*key):
     """A generator seeded by a hash of the key: neighbouring keys have nothing in common."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
+class Stopped(Exception):
+    """SIGTERM came and the state is saved."""
+
+
+@contextlib.contextmanager
+def catch_sigterm():
+    """A list that has an entry once SIGTERM came: schedulers send it some time before they kill."""
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def on_any_rank(caught, device):
+    """Has one of the ranks caught something? All must leave after the same step."""
+    count = torch.tensor(len(caught), device=device)
+    if WORLD > 1:
+        dist.all_reduce(count)
+    return count.item() > 0
+
+
+def command_line(main, doc, keys=False):
+    """Run a script's main: --help prints its docstring, an expected error is one line."""
+    script = pathlib.Path(sys.argv[0]).name
+    if keys and {"-h", "--help"} & set(sys.argv):
+        text = pathlib.Path(__file__).with_name("config.yaml").read_text()
+        return print(f"{doc}\nKeys, given as key=value (nested ones as tae.steps=100):\n\n{text}")
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"{script}: {error}")
+    except Stopped as stopped:
+        print0(f"{script}: {stopped}")
+        stop()
+        sys.exit(128 + signal.SIGTERM)
+
+
+# -------------------------------------------------------------------------------------------------
+# A run's files: the log, the weights of finished stages, the state of an unfinished one
+
+
 def write_text(path, text):
     """Write beside, then rename: whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
 
 
 class Log:
@@ -333,12 +356,12 @@ class Log:
         self.path = pathlib.Path(config.run, "log.jsonl")
         self.stage = stage
         self.begin(step)
-        kept = []                       # steps that are taken again shall not stand there twice
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
-            line = json.loads(text) if text.endswith("}") else {}       # a kill may have torn one
-            if line and (line["stage"] != stage or line["step"] <= step):
-                kept.append(text + "\n")
-        if RANK == 0:
+        if RANK == 0 and self.path.exists():
+            kept = []                   # steps that are taken again shall not stand there twice
+            for text in self.path.read_text().splitlines(keepends=True):
+                line = json.loads(text) if text.endswith("}\n") else {}     # a kill may tear one
+                if line and (line["stage"] != stage or line["step"] <= step):
+                    kept.append(text)
             write_text(self.path, "".join(kept))
 
     def begin(self, step):
@@ -368,17 +391,13 @@ class Log:
         return line
 
 
-# -------------------------------------------------------------------------------------------------
-# Weights of a finished stage: one plain file, <run>/<stage>.pt
-
-
 def save(path, content):
     """torch.save beside, then rename: whole or not at all; OSError where it cannot be written."""
     try:
         torch.save(content, f"{path}.tmp")
-    except (OSError, RuntimeError) as error:            # torch's own writer raises the latter
-        pathlib.Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({first_line(error)}): is the disk full?")
+    except RuntimeError:                                # of torch's own writer
+        pathlib.Path(f"{path}.tmp").unlink()
+        raise OSError(f"{path} could not be written: is the disk full?") from None
     os.replace(f"{path}.tmp", path)
 
 
@@ -412,11 +431,8 @@ def read_weights(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; train it: {advice}")
     try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()                    # torch.load does not look at checksums
+        damaged = zipfile.ZipFile(path).testzip()       # torch.load does not look at checksums
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
     except Exception:                                   # damaged bytes raise a dozen types
         damaged = True
     if damaged or "weights" not in saved:
@@ -432,9 +448,8 @@ def load_into(net, weights, path, new=()):
         if found != expected:
             raise ValueError(f"{path}: {name}: found {found}, expected {expected}; "
                              "the file was made with another config or version")
-    with torch.no_grad():
-        for name, w in own.items():
-            put_whole(w, weights[name])
+    for name, w in own.items():
+        put_whole(w, weights[name])
     return net
 
 
@@ -469,123 +484,75 @@ def load_run(run, stage="videojam", device=""):
                                  motion=motion, device=device, stage=stage, run=run)
 
 
-# -------------------------------------------------------------------------------------------------
-# The state of an unfinished stage
-
-
-def first_line(error):
-    """DCP collects the errors of all ranks: the first one, in a line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
 class Checkpoint:
-    """<run>/<stage>.state/step-N: weights, their average, AdamW's moments; one file per rank.
+    """<run>/<stage>.state/<parent>/step-N: weights, their average, AdamW's moments.
 
-    torch's DCP writes them, and reads them for any other number of ranks. A folder is written as
-    step-N.tmp and renamed, so that a whole one is there whenever the run is killed.
+    parent: the identity of the weights that the stage started from. torch's DCP writes a file per
+    rank, and reads them for any other number of ranks. A folder is written beside, then renamed.
     """
 
     def __init__(self, config, stage, net, optimizer, average, parent):
-        self.folder = pathlib.Path(config.run, f"{stage}.state")
+        self.folder = pathlib.Path(config.run, f"{stage}.state", parent)
         self.optimizer = optimizer
-        self.parent = parent            # identity of the weights that this stage stands on
         self.tensors = {}
         for name, w in net.state_dict(keep_vars=True).items():
             self.tensors[f"net.{name}"] = w
             self.tensors[f"average.{name}"] = average[name]
-        for name, p in net.named_parameters():      # DCP fills tensors in place, so they must be
-            state = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            optimizer.state[p] = dict(state, step=torch.zeros((), device=p.device))
-            self.tensors.update({f"{kind}.{name}": moment for kind, moment in state.items()})
+        for name, p in net.named_parameters():      # DCP fills tensors in place: they must be there
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][kind] = torch.zeros_like(p)
+                self.tensors[f"{kind}.{name}"] = optimizer.state[p][kind]
 
-    def paths(self):
-        """The whole ones, newest first."""
-        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=step_of, reverse=True)
+    def steps(self):
+        """Of the whole ones, newest first."""
+        found = [int(path.name[5:]) for path in self.folder.glob("step-*")]
+        return sorted(found, reverse=True)
 
     def load(self):
         """Fill everything from the newest one that can be read -> its step; 0 if there is none."""
-        torn = []
-        for path in broadcast(self.paths):
+        steps = broadcast(self.steps)
+        for step in steps:
             try:
-                parent = broadcast((path / "parent").read_text)
-                dcp.load(self.tensors, checkpoint_id=path)
-            except (OSError, CheckpointException) as error:
-                torn.append(f"{path} is torn ({first_line(error)})")
-                print0(f"{torn[-1]}, trying the one before")
+                dcp.load(self.tensors, checkpoint_id=self.folder / f"step-{step}")
+            except dcp.CheckpointException as error:        # of all ranks, with tracebacks
+                reason = str(error).splitlines()[-1]
+                print0(f"{self.folder}/step-{step} is torn ({reason}), trying the one before")
                 continue
-            if parent != self.parent:
-                raise ValueError(f"{path} stands on other weights than those in its run folder: "
-                                 f"delete {self.folder}, or take another run=folder")
             for state in self.optimizer.state.values():
-                state["step"].fill_(step_of(path))
-            return step_of(path)
-        if torn:
-            raise ValueError(f"{'; '.join(torn)}: delete {self.folder} to start this stage again")
+                state["step"].fill_(step)
+            return step
+        if steps:
+            raise ValueError(f"{self.folder} has no whole checkpoint: delete it to start again")
         return 0
 
     def save(self, step):
         """Write step-N, keep the one before it; OSError leaves the older ones as they are."""
         path = self.folder / f"step-{step}"
-        temporary = path.with_suffix(".tmp")
+        writing = self.folder / "writing"
+        broadcast(lambda: shutil.rmtree(writing, ignore_errors=True))   # what a kill has left
         try:
-            dcp.save(self.tensors, checkpoint_id=temporary)
-            broadcast(lambda: (temporary / "parent").write_text(self.parent))
-        except (CheckpointException, OSError) as error:
-            if RANK == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"{path} could not be written ({first_line(error)}): is the disk full? "
-                          "The same command goes on from the last one") from None
+            dcp.save(self.tensors, checkpoint_id=writing)
+        except dcp.CheckpointException as error:
+            reason = str(error).splitlines()[-1]
+            raise OSError(f"{path} could not be written ({reason}): is the disk full?") from None
         if RANK == 0:
             shutil.rmtree(path, ignore_errors=True)     # a torn one
-            os.replace(temporary, path)
-            older = [old for old in self.paths() if step_of(old) <= step]
-            for old in [*older[2:], *self.folder.glob("*.tmp")]:
-                shutil.rmtree(old, ignore_errors=True)
+            os.replace(writing, path)
+            older = [old for old in self.steps() if old <= step]
+            for old in older[2:]:
+                shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
         barrier()
-
-
-def step_of(path):
-    return int(path.name[5:])
-
-
-class Stopped(Exception):
-    """SIGTERM came and the state is saved."""
-
-
-@contextlib.contextmanager
-def catch_sigterm():
-    """A list that has an entry once SIGTERM came: schedulers send it some time before they kill."""
-    caught = []
-    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def on_any_rank(caught, device):
-    """Has one of the ranks caught something? All must leave after the same step."""
-    count = torch.tensor(len(caught), device=device)
-    if WORLD > 1:
-        dist.all_reduce(count)
-    return count.item() > 0
 
 
 # -------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def to_uint8(video):
-    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8."""
+def to_uint8(video, least=1):
+    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8, pixels repeated until H and W are `least`."""
     pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
-
-
-def enlarge(frames, least):
-    """Repeat the pixels of (T, H, W, 3) until the shorter side has `least` of them."""
+    frames = pixels.permute(1, 2, 3, 0).cpu().numpy()
     factor = math.ceil(least / min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
@@ -595,7 +562,7 @@ def write_video(path, video, fps, motion=None, least=256):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     streams = [video] if motion is None else [video, motion]
-    frames = np.concatenate([enlarge(to_uint8(stream), least) for stream in streams], axis=2)
+    frames = np.concatenate([to_uint8(stream, least) for stream in streams], axis=2)
     if path.suffix == ".gif":
         iio.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
     else:                               # a macro block of 16 would resize frames without a word
@@ -607,7 +574,7 @@ def write_sheet(path, rows, columns=8, least=64):
     """A PNG with a line per clip (3, T, H, W): `columns` frames from the first to the last."""
     lines = []
     for row in rows:
-        frames = enlarge(to_uint8(row), least)
+        frames = to_uint8(row, least)
         chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
         frames = np.pad(frames[chosen], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
         lines.append(np.concatenate(list(frames), axis=1))
@@ -623,22 +590,3 @@ def write_clips(path, videos, motions, fps):
         motions = torch.cat(list(motions), dim=2)
     write_video(path, torch.cat(list(videos), dim=2), fps, motions)
     write_sheet(pathlib.Path(path).with_suffix(".png"), rows)
-
-
-# -------------------------------------------------------------------------------------------------
-
-
-def command_line(main, doc, keys=False):
-    """Run a script's main: --help prints its docstring, an expected error is one line."""
-    script = pathlib.Path(sys.argv[0]).name
-    if keys and {"-h", "--help"} & set(sys.argv):
-        text = pathlib.Path(__file__).with_name("config.yaml").read_text()
-        return print(f"{doc}\nKeys, given as key=value (nested ones as tae.steps=100):\n\n{text}")
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"{script}{f', rank {RANK}' if RANK else ''}: {error}")
-    except Stopped as stopped:
-        print0(f"{script}: {stopped}")
-        stop()
-        sys.exit(128 + signal.SIGTERM)

@@ -14,7 +14,6 @@ Letters: B clips, T frames, H height, W width, A objects (1 or 2). Pixel centres
 x points right and y down, so that a growing angle turns clockwise. Videos lie in [-1, 1], optical
 flow is in pixels per frame.
 """
-import itertools
 import math
 import re
 from pathlib import Path
@@ -62,7 +61,7 @@ SDF = {"circle": circle, "square": square, "triangle": triangle, "cross": cross}
 PATTERNS = {"stripes": stripes, "halves": halves, "dot": dot, "checker": checker}
 
 # -------------------------------------------------------------------------------------------------
-# The vocabulary
+# Words: the vocabulary; then drawing, saying and reading a caption
 
 # Neighbours are 60 degrees of hue apart, so that the nearest hue names even a blurred pixel.
 COLORS = {
@@ -73,44 +72,48 @@ SPLITS = ("train", "val", "test")
 DIRECTIONS = {
     "right": (1, 0), "down-right": (1, 1), "down": (0, 1), "down-left": (-1, 1),
     "left": (-1, 0), "up-left": (-1, -1), "up": (0, -1), "up-right": (1, -1)}
-DIRECTIONS = {name: np.array(way) / math.hypot(*way) for name, way in DIRECTIONS.items()}
-TURNS = ("clockwise", "counter-clockwise")
+for name, way in DIRECTIONS.items():
+    DIRECTIONS[name] = np.array(way) / math.hypot(*way)
 
-# motion: (kind, the phrase after "a red square", the phrase after "it")
-MOTIONS = {}
-for way in DIRECTIONS:
-    to_the = "to the " if way in ("left", "right") else ""
-    MOTIONS[way] = ("basic", f"moving{{adverb}} {way}", f"moves{{adverb}} {to_the}{way}")
-MOTIONS |= {
-    "still": ("basic", "standing still", "stands still"),
-    "zigzag": ("complex", "zigzagging", "zigzags"),
-    "crossing": ("complex", "crossing a {other}", "crosses a {other}"),
-    "growing": ("complex", "growing", "grows"),
-    "shrinking": ("complex", "shrinking", "shrinks"),
-    **{f"spinning {turn}": ("rotational", f"spinning {turn}", f"spins {turn}") for turn in TURNS},
-    **{f"orbiting {turn}": ("rotational", f"orbiting a {{other}} {turn}",
-                            f"orbits a {{other}} {turn}") for turn in TURNS},
-    "falling": ("physics", "falling", "falls"),
-    "thrown": ("physics", "thrown in an arc", "is thrown in an arc"),
-    "bouncing": ("physics", "bouncing on the floor", "bounces on the floor"),
-    "colliding": ("physics", "colliding with a {other}", "collides with a {other}"),
+KINDS = {
+    "basic": [*DIRECTIONS, "still"],
+    "complex": ["zigzag", "crossing", "growing", "shrinking"],
+    "rotational": ["spinning clockwise", "spinning counter-clockwise",
+                   "orbiting clockwise", "orbiting counter-clockwise"],
+    "physics": ["falling", "thrown", "bouncing", "colliding"]}
+MOTIONS = {motion: kind for kind, motions in KINDS.items() for motion in motions}
+PAIRED = ["crossing", "orbiting clockwise", "orbiting counter-clockwise", "colliding"]
+ZOOMS = ["growing", "shrinking"]
+
+# What tells a motion in a text whose objects have become "it" (the first row that is found counts),
+# the phrase after "a red square", the phrase after "it". Straight lines are read by their way.
+PHRASES = {
+    "orbiting": (r"orbit|circling|circles|around (a|the) it",
+                 "orbiting a {other} {turn}", "orbits a {other} {turn}"),
+    "spinning": (r"spin|rotat|turn", "spinning {turn}", "spins {turn}"),
+    "bouncing": (r"bounc", "bouncing on the floor", "bounces on the floor"),
+    "falling": (r"\bfall|drop", "falling", "falls"),
+    "thrown": (r"thr[oe]w|toss", "thrown in an arc", "is thrown in an arc"),
+    "colliding": (r"collid|\bhit|bump", "colliding with a {other}", "collides with a {other}"),
+    "zigzag": (r"zig-?\s?zag", "zigzagging", "zigzags"),
+    "crossing": (r"\bcross", "crossing a {other}", "crosses a {other}"),
+    "growing": (r"grow|larger|bigger", "growing", "grows"),
+    "shrinking": (r"shrink|smaller", "shrinking", "shrinks"),
+    "still": (r"still|not mov|motionless|static", "standing still", "stands still"),
 }
-KINDS = {}
-for motion, (kind, *_) in MOTIONS.items():
-    KINDS.setdefault(kind, []).append(motion)
-PAIRED = [motion for motion in MOTIONS if "{other}" in MOTIONS[motion][1]]
 TEMPLATES = ("a {named} {ing}", "a {named} {does}", "the video shows a {named}, it {does}",
              "there is a {named} {ing}", "{named}, {ing}")
 ADVERBS = {None: "", "slow": " slowly", "fast": " quickly"}
+SPEEDS = tuple(ADVERBS)
 
 # Two of the 24 looks of each motion are never the named object of a training clip.
 # Does the model compose what it saw apart?
-LOOKS = list(itertools.product(COLORS, SHAPES))
-HELD_OUT = {(*look, motion) for m, motion in enumerate(MOTIONS) for n, look in enumerate(LOOKS)
-            if (n + 5 * m) % 12 == 0}
-
-# -------------------------------------------------------------------------------------------------
-# Words: drawing them, saying them, reading them
+LOOKS = [(color, shape) for color in COLORS for shape in SHAPES]
+HELD_OUT = set()
+for m, motion in enumerate(MOTIONS):
+    for n, look in enumerate(LOOKS):
+        if (n + 5 * m) % 12 == 0:
+            HELD_OUT.add((*look, motion))
 
 
 def pick(rng, values):
@@ -134,69 +137,62 @@ def draw_words(rng, split, basic=0.5, motion=None):
         objects = [draw_look(rng)]
     if motion in PAIRED:
         objects.append(draw_look(rng, objects[0]))
-    speed = pick(rng, (None, "slow", "fast")) if motion in DIRECTIONS else None
+    speed = pick(rng, SPEEDS) if motion in DIRECTIONS else None
     template = int(rng.integers(len(TEMPLATES)))
-    return dict(kind=MOTIONS[motion][0], motion=motion, speed=speed, objects=objects,
+    return dict(kind=MOTIONS[motion], motion=motion, speed=speed, objects=objects,
                 template=template)
 
 
-def caption(spec):
-    """The sentence of a spec, or of words: at most 64 bytes. `parse` is its inverse."""
-    names = [f"{look['color']} {look['shape']}" for look in spec["objects"]]
-    _, ing, does = MOTIONS[spec["motion"]]
-    sentences = []
+def caption(words):
+    """The sentence of words, or of a spec: at most 64 bytes. `parse` is its inverse."""
+    motion, *turn = words["motion"].split()
+    adverb = ADVERBS[words["speed"]]
+    if motion in DIRECTIONS:
+        to_the = "to the " if motion in ("left", "right") else ""
+        ing = f"moving{adverb} {motion}"
+        does = f"moves{adverb} {to_the}{motion}"
+    else:
+        _, ing, does = PHRASES[motion]
+    names = [f"{look['color']} {look['shape']}" for look in words["objects"]]
+    texts = []
     for template in TEMPLATES:
-        sentence = template.format(named=names[0], ing=ing, does=does)
-        sentence = sentence.format(adverb=ADVERBS[spec["speed"]], other=names[-1])
-        if len(sentence) <= 64:             # a byte is a token of the text encoder
-            sentences.append(sentence)
-    return sentences[spec.get("template", 0) % len(sentences)]
-
-
-# What tells a motion in a text whose objects have become "it". The first that is found counts.
-READ = {
-    "orbiting": r"orbit|circling|circles|around (a|the) it",
-    "spinning": r"spin|rotat|turn",
-    "bouncing": r"bounc",
-    "falling": r"\bfall|drop",
-    "thrown": r"thr[oe]w|toss",
-    "colliding": r"collid|\bhit|bump",
-    "zigzag": r"zig-?\s?zag",
-    "crossing": r"\bcross",
-    "growing": r"grow|larger|bigger",
-    "shrinking": r"shrink|smaller",
-    "still": r"still|not mov|motionless|static",
-}
+        text = template.format(named=names[0], ing=ing, does=does)
+        texts.append(text.format(other=names[-1], turn="".join(turn)))
+    short = [text for text in texts if len(text) <= 64]     # a byte is a token of the text encoder
+    return short[words["template"] % len(short)]
 
 
 def parse(text):
-    """The words of a caption, ours or freely typed: a dict of kind, motion, speed and objects.
-    ValueError where no coloured shape, motion or sense of turning can be read."""
-    def require(found, what, expected):
-        if not found:
-            raise ValueError(f"prompt {text!r} names no {what}: expected {expected}, "
-                             "as in 'a red square moving right'")
-
+    """The words of a caption, ours or freely typed. ValueError where no coloured shape, motion or
+    sense of turning can be read."""
     low = " ".join(text.lower().split())
     look = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
     objects = [{"color": color, "shape": shape} for color, shape in re.findall(look, low)]
-    require(objects, "object", f"a colour ({', '.join(COLORS)}) and, right after it, "
-                               f"a shape ({', '.join(SHAPES)})")
     low = re.sub(look, "it", low)           # a cross is a shape, crossing is a motion
+    found = [name for name, row in PHRASES.items() if re.search(row[0], low)]
     straight = [way for way in ("up", "down", "left", "right") if re.search(rf"\b{way}", low)]
-    found = [name for name, pattern in READ.items() if re.search(pattern, low)]
     motion = found[0] if found else "-".join(straight)
-    if motion in ("orbiting", "spinning"):
-        require("clockwise" in low, "sense of turning", "clockwise or counter-clockwise")
+    if motion in ("orbiting", "spinning") and "clockwise" in low:
         motion += " counter-clockwise" if re.search("counter|anti", low) else " clockwise"
-    require(motion in MOTIONS, "motion", f"one of {', '.join(MOTIONS)}")
     speed = None
     if "slow" in low:
         speed = "slow"
     elif "fast" in low or "quick" in low:
         speed = "fast"
+
+    missing = None
+    if not objects:
+        missing = (f"object: expected a colour ({', '.join(COLORS)}) and, right after it, "
+                   f"a shape ({', '.join(SHAPES)})")
+    elif motion in ("orbiting", "spinning"):
+        missing = "sense of turning: expected clockwise or counter-clockwise"
+    elif motion not in MOTIONS:
+        missing = f"motion: expected one of {', '.join(MOTIONS)}"
+    if missing:
+        raise ValueError(f"prompt {text!r} names no {missing}, as in 'a red square moving right'")
     actors = 2 if motion in PAIRED else 1   # whatever else is named takes no part
-    return dict(kind=MOTIONS[motion][0], motion=motion, speed=speed, objects=objects[:actors])
+    return dict(kind=MOTIONS[motion], motion=motion, speed=speed, objects=objects[:actors],
+                template=0)
 
 
 def fixed_prompts(motions, count):
@@ -206,22 +202,25 @@ def fixed_prompts(motions, count):
     prompts = []
     for n in range(count):
         turn, m = divmod(n, len(motions))
-        unseen = [look for look in LOOKS if (*look, motions[m]) in HELD_OUT]
+        motion = motions[m]
+        unseen = [look for look in LOOKS if (*look, motion) in HELD_OUT]
         seen = [look for look in LOOKS if look not in unseen]
         color, shape = seen[(7 * turn + 5 * m) % len(seen)]
         if turn % 2 == 0:
             color, shape = unseen[turn // 2 % 2]
         objects = [{"color": color, "shape": shape}]
-        if motions[m] in PAIRED:
+        if motion in PAIRED:
             other = colors[(colors.index(color) + 1 + n % 5) % 6]
-            objects.append({"color": other, "shape": SHAPES[(turn + m) % len(SHAPES)]})
-        speed = (None, "slow", "fast")[(turn + m) % 3]
-        prompts.append(caption(
-            dict(motion=motions[m], speed=speed, objects=objects, template=turn + m)))
+            objects.append({"color": other, "shape": SHAPES[(turn + m) % 4]})
+        speed = SPEEDS[(turn + m) % 3]
+        words = dict(motion=motion, speed=speed, objects=objects, template=turn + m)
+        prompts.append(caption(words))
     return prompts
 
 
-PROMPTS = [prompt for motions in KINDS.values() for prompt in fixed_prompts(motions, 32)]
+PROMPTS = []
+for motions in KINDS.values():
+    PROMPTS += fixed_prompts(motions, 32)
 STRAIGHT = fixed_prompts(list(DIRECTIONS), 64)      # eight of each direction
 
 
@@ -232,8 +231,8 @@ def straight_prompts(split, count=64):
     rng = np.random.default_rng(SPLITS.index(split))
     prompts = []
     while len(prompts) < count:
-        direction = list(DIRECTIONS)[len(prompts) % 8]
-        prompt = caption(draw_words(rng, split, motion=direction))
+        motion = list(DIRECTIONS)[len(prompts) % 8]
+        prompt = caption(draw_words(rng, split, motion=motion))
         if prompt not in STRAIGHT + prompts:
             prompts.append(prompt)
     return prompts
@@ -241,13 +240,14 @@ def straight_prompts(split, count=64):
 
 # -------------------------------------------------------------------------------------------------
 # Paths: a function per motion -> the centres of its objects, (T+1, 2) px each, the named one first.
-# Only their course counts: `place` shifts them into the picture.
+# Only their course counts: `poses` shifts them into the picture.
 
 TOP_SPEED = 5 / 64                          # picture sides per frame
 PACE = {"slow": (0.3, 0.45), "fast": (0.7, 1.0), None: (0.3, 1.0)}      # shares of the top speed
 RESTITUTION = 0.75                          # speed after a bounce / speed before it
 RIGHT = DIRECTIONS["right"]
 DOWN = DIRECTIONS["down"]
+AXES = (RIGHT, DOWN, -RIGHT, -DOWN)
 
 
 class Space:
@@ -266,7 +266,7 @@ class Space:
         self.reach = radii
         if motion.startswith("spinning"):
             self.reach = 1.25 * radii                       # corners swing round
-        if motion in ("growing", "shrinking"):
+        if motion in ZOOMS:
             self.reach = (1 + pace) * radii
         self.room = np.maximum(box - 2 * self.reach.max(), 0.2 * box.min())     # for a centre
 
@@ -279,36 +279,32 @@ class Space:
         """The path of constant speed, (T+1, 2)."""
         return self.speed(way) * self.t * way
 
-    def any_axis(self):                                     # where the words leave it open
-        return pick(self.rng, [RIGHT, DOWN, -RIGHT, -DOWN])
-
-    def either(self, way):
-        return way * pick(self.rng, (-1, 1))
-
-
-def still(space):
-    return [0 * space.t * RIGHT]
 
 def straight(space):
-    return [space.travel(DIRECTIONS[space.motion])]
+    """What spins, grows or stands still stays at its place."""
+    return [space.travel(DIRECTIONS.get(space.motion, 0 * RIGHT))]
 
 def zigzag(space):
     """Ahead at constant speed, to and fro across it in four legs."""
-    ahead = space.any_axis()
+    ahead = pick(space.rng, AXES)
     aside = ahead[::-1]
     legs = 2 * space.t / space.steps
     wave = np.abs(2 * (legs % 1) - 1)                                   # 1, 0, 1, 0, 1
     swing = space.speed(aside) * space.steps / 4
-    return [0.7 * space.travel(ahead) + swing * wave * space.either(aside)]
+    aside = pick(space.rng, (-aside, aside))
+    return [0.7 * space.travel(ahead) + swing * wave * aside]
 
 def crossing(space):
     """Head on or at a right angle, nearly meeting in the middle of the clip."""
-    ahead = space.any_axis()
-    aside = space.either(ahead[::-1])
+    ahead = pick(space.rng, AXES)
+    aside = ahead[::-1]
+    aside = pick(space.rng, (-aside, aside))
     way = pick(space.rng, (-ahead, aside))
     miss = 0.3 * space.radii[0] * space.rng.uniform(-1, 1)
     since = space.t - space.steps / 2
-    return [space.speed(ahead) * since * ahead, space.speed(way) * since * way + miss * aside]
+    named = space.speed(ahead) * since * ahead
+    other = space.speed(way) * since * way + miss * aside
+    return [named, other]
 
 def orbiting(space):
     radius = min(1.1 * space.radii.sum() + 1, space.room.min() / 2)
@@ -326,7 +322,7 @@ def thrown(space):
     """A parabola whose top is near the middle of the clip."""
     top = space.rng.uniform(0.45, 0.6) * space.steps
     height = space.speed(DOWN) * space.steps / 1.5
-    across = space.either(RIGHT)
+    across = pick(space.rng, (-RIGHT, RIGHT))
     below = height * (space.t / top - 1) ** 2
     return [space.travel(across) + below * DOWN]
 
@@ -344,13 +340,13 @@ def bouncing(space):
         flights.append(speed * since - half_g * since**2)
         start += speed / half_g
         speed *= RESTITUTION
-    across = space.either(RIGHT)
+    across = pick(space.rng, (-RIGHT, RIGHT))
     above = np.max(flights, axis=0)                                     # (T+1, 1)
     return [0.3 * space.travel(across) - above * DOWN]
 
 def colliding(space):
     """Equal masses on a line: when they touch, they exchange their velocities."""
-    ahead = space.any_axis()
+    ahead = pick(space.rng, AXES)
     hit = space.rng.uniform(0.4, 0.6) * space.steps
     contact = space.radii.sum()             # the distance of the centres when they touch
     room = max(np.abs(ahead) @ space.room - contact, 0.2 * space.top_speed * space.steps)
@@ -358,18 +354,19 @@ def colliding(space):
     slow = -fast * pick(space.rng, (0.0, space.rng.uniform(0.3, 1.0)))  # the other rests or comes
     before = np.minimum(space.t - hit, 0)
     after = np.maximum(space.t - hit, 0)
-    return [(fast * before + slow * after) * ahead,
-            (contact + slow * before + fast * after) * ahead]
+    named = fast * before + slow * after
+    other = contact + slow * before + fast * after
+    return [named * ahead, other * ahead]
 
-PATHS = {
-    **dict.fromkeys(MOTIONS, still), **dict.fromkeys(DIRECTIONS, straight),
-    "zigzag": zigzag, "crossing": crossing,
-    "orbiting clockwise": orbiting, "orbiting counter-clockwise": orbiting,
-    "falling": falling, "thrown": thrown, "bouncing": bouncing, "colliding": colliding}
+PATHS = {"zigzag": zigzag, "crossing": crossing, "orbiting": orbiting, "falling": falling,
+         "thrown": thrown, "bouncing": bouncing, "colliding": colliding}
 
 
-def place(paths, space):
-    """paths (A, T+1, 2), all shifted at random, within the picture where it has room for them."""
+def poses(space):
+    """(x, y, angle, scale) of each object, (T+1, 4). Paths are shifted at random, within the
+    picture where it has room for them."""
+    path = PATHS.get(space.motion.split()[0], straight)
+    paths = np.stack(path(space))           # (A, T+1, 2)
     shown = paths[:, :-1]                   # the last pose is only for the last frame's flow
     reach = space.reach[:, None]
     least = (shown.min(1) - reach).min(0)
@@ -378,140 +375,119 @@ def place(paths, space):
     share = space.rng.random(2)
     if space.motion == "bouncing":
         share[1] = 1                        # the floor is the lower edge of the picture
-    return paths - least - 0.5 + spare * np.where(spare > 0, share, 0.5)
+    paths = paths - least - 0.5 + spare * np.where(spare > 0, share, 0.5)
 
-
-def spin_and_growth(space):
-    """Angle and scale of a clip's objects, (T+1,) each."""
-    angle = 0 * space.t[:, 0]
-    scale = angle + 1
+    angle = np.zeros_like(space.t)
+    scale = np.ones_like(space.t)
+    progress = space.t / space.steps
     if space.motion.startswith("spinning"):
         rate = min(math.pi / 8, 1.5 * math.pi / space.steps)    # 90 degrees may look like none
         start = space.rng.uniform(0, 2 * math.pi)
-        angle = start + space.turn * space.pace * rate * space.t[:, 0]
-    if space.motion in ("growing", "shrinking"):
-        progress = space.t[:, 0] / space.steps
-        if space.motion == "shrinking":
-            progress = 1 - progress
+        angle = start + space.turn * space.pace * rate * space.t
+    if space.motion == "growing":
         scale = (1 + space.pace) ** progress
-    return angle, scale
-
-
-def draw_objects(words, side, rng):
-    """The looks of the words, and of a partner if it was not named, with radii and patterns."""
-    looks = list(words["objects"])
-    share = 1.0
-    if words["motion"] in ("growing", "shrinking"):
-        share = 0.75                        # growth needs room
-    if words["motion"] in PAIRED:
-        share = 0.6                         # so do two
-        if len(looks) == 1:
-            looks.append(draw_look(rng, looks[0]))
-    objects = []
-    for look in looks:
-        radius = side * share * rng.uniform(0.16, 0.24)
-        pattern = pick(rng, list(PATTERNS))
-        angle = rng.uniform(0, 2 * math.pi)
-        objects.append(dict(look, radius=radius, pattern=pattern, pattern_angle=angle))
-    if words["motion"] == "colliding":
-        objects[1]["radius"] = objects[0]["radius"]         # equal masses
-    return objects
+    if space.motion == "shrinking":
+        scale = (1 + space.pace) ** (1 - progress)
+    return [np.hstack([path, angle, scale]) for path in paths]
 
 
 def complete(words, frames, height, width, rng, texture=0.0, size=1.0):
     """Words -> a spec, JSON-able: objects with T+1 poses (x, y, angle, scale) each, their order
     from back to front, the background. The pose after the T frames is for the last flow."""
     motion = words["motion"]
+    side = size * min(height, width)
+    if motion in ZOOMS:
+        side *= 0.75                        # growth needs room
+    looks = list(words["objects"])
+    if motion in PAIRED:
+        side *= 0.6                         # so do two
+        if len(looks) == 1:                 # a prompt may not name the other
+            looks.append(draw_look(rng, looks[0]))
+    objects = []
+    for look in looks:
+        radius = side * rng.uniform(0.16, 0.24)
+        pattern = pick(rng, list(PATTERNS))
+        angle = rng.uniform(0, 2 * math.pi)
+        objects.append(dict(look, radius=radius, pattern=pattern, pattern_angle=angle))
+    if motion == "colliding":
+        objects[1]["radius"] = objects[0]["radius"]         # equal masses
+
     speed = words["speed"]
     if speed is None and words["kind"] != "basic":
         speed = "fast"
-    objects = draw_objects(words, size * min(height, width), rng)
-    radii = np.array([o["radius"] for o in objects])
     pace = rng.uniform(*PACE[speed])
+    radii = np.array([o["radius"] for o in objects])
     space = Space(motion, radii, pace, frames, np.array([width, height]), rng)
-    paths = place(np.stack(PATHS[motion](space)), space)
-    angle, scale = spin_and_growth(space)
-    for o, path in zip(objects, paths):
-        o["pose"] = np.column_stack([path, angle, scale]).tolist()
-
-    order = list(range(len(objects)))[::-1]                 # the named object in front
+    for o, pose in zip(objects, poses(space)):
+        o["pose"] = pose.tolist()
+    order = [1, 0] if motion in PAIRED else [0]             # the named object in front
     if motion == "crossing" and rng.random() < 0.5:
         order = [0, 1]
-    background = dict(
-        seed=int(rng.integers(2**31)), level=rng.uniform(0.6, 0.85), texture=float(texture),
-        light=rng.uniform(-0.25, 0.25, 2).tolist(), tint=rng.uniform(-0.04, 0.04, 3).tolist())
-    return {"template": 0, **words, "objects": objects, "order": order, "background": background}
+    background = dict(texture=texture, seed=int(rng.integers(2**31)))
+    background["level"] = rng.uniform(0.6, 0.85)
+    background["light"] = rng.uniform(-0.25, 0.25, 2).tolist()
+    background["tint"] = rng.uniform(-0.04, 0.04, 3).tolist()
+    return dict(words, objects=objects, order=order, background=background)
 
 
 # -------------------------------------------------------------------------------------------------
 # Pixels and flow
 
 
-def render(specs, frames, height, width, device="cpu"):
-    """The specs' video (B, 3, T, H, W) in [-1, 1] and flow (B, 2, T, H, W) in px per frame."""
-    return draw(specs, range(frames), range(1, frames + 1), height, width, device)
-
-
 def flow_between(specs, i, j, height, width, device="cpu"):
-    """How far the pixels of frame i are by frame j, exactly: (B, 2, H, W) px.
-    For n frames i and j each: (B, 2, n, H, W)."""
-    if isinstance(i, int):
-        return draw(specs, [i], [j], height, width, device)[1][:, :, 0]
+    """How far the pixels of frames i are by frames j, exactly: (B, 2, n, H, W) px."""
     return draw(specs, i, j, height, width, device)[1]
 
 
-def draw(specs, i, j, height, width, device):
-    """Frames i of the specs, painted back to front, and the flow from each to its frame of j."""
-    backs = [spec["objects"][spec["order"][0]] for spec in specs]
-    inside, color, moved = draw_layer(backs, i, j, height, width, device)
-    video = torch.lerp(draw_background(specs, height, width, device), color, inside)
-    flow = torch.where(inside > 0.5, moved, 0.0)
+def draw(specs, i, j, height, width, device="cpu"):
+    """The specs' frames i (B, 3, n, H, W), painted from back to front, and the flow from each to
+    its frame of j (B, 2, n, H, W) px."""
+    grounds = [draw_background(spec["background"], height, width) for spec in specs]
+    video = torch.stack(grounds).to(device).repeat(1, 1, len(i), 1, 1)
+    flow = torch.zeros_like(video[:, :2])
+    columns = torch.arange(width, device=device)                        # (W,)
+    lines = torch.arange(height, device=device)[:, None]                # (H, 1)
+    for layer in range(max(len(spec["order"]) for spec in specs)):
+        rows = [row for row, spec in enumerate(specs) if layer < len(spec["order"])]
+        objects = []
+        for row in rows:
+            k = specs[row]["order"][layer]
+            objects.append(specs[row]["objects"][k])
 
-    rows = [row for row, spec in enumerate(specs) if len(spec["order"]) == 2]
-    if rows:
-        fronts = [specs[row]["objects"][specs[row]["order"][1]] for row in rows]
-        inside, color, moved = draw_layer(fronts, i, j, height, width, device)
+        def numbers(key):
+            return torch.tensor([o[key] for o in objects], device=device)
+
+        poses = numbers("pose")[..., None, None]                        # (A, T+1, 4, 1, 1)
+        x, y, angle, scale = poses[:, list(i)].unbind(2)                # (A, n, 1, 1)
+        x2, y2, angle2, scale2 = poses[:, list(j)].unbind(2)
+        dx = columns - x                                                # (A, n, 1, W)
+        dy = lines - y                                                  # (A, n, H, 1)
+
+        # Into the shape's own frame, R^-1 S^-1 (p - c). Outline and pattern live there.
+        radius = scale * numbers("radius").view(-1, 1, 1, 1)
+        own = rotate(dx / radius, dy / radius, -angle)                  # (A, n, H, W)
+        inside = coverage([SDF[o["shape"]] for o in objects], *own, radius)
+        angle_of_pattern = angle + numbers("pattern_angle").view(-1, 1, 1, 1)
+        own = rotate(dx / radius, dy / radius, -angle_of_pattern)
+        dark = coverage([PATTERNS[o["pattern"]] for o in objects], *own, radius)
+        paint = torch.tensor([COLORS[o["color"]] for o in objects], device=device)
+        paint = paint.view(-1, 3, 1, 1, 1)
+        color = 2 * paint * (1 - 0.35 * dark) - 1                       # darker, of the same hue
         video[rows] = torch.lerp(video[rows], color, inside)
-        flow[rows] = torch.where(inside > 0.5, moved, flow[rows])
+
+        # Out of it again in frame j: R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p.
+        cos = scale2 / scale * torch.cos(angle2 - angle)
+        sin = scale2 / scale * torch.sin(angle2 - angle)
+        of_columns = torch.stack([cos * dx + x2 - columns, sin * dx], dim=1)
+        of_lines = torch.stack([-sin * dy, cos * dy + y2 - lines], dim=1)
+        flow[rows] = torch.where(inside > 0.5, of_columns + of_lines, flow[rows])
     return video, flow
 
 
-def draw_layer(objects, i, j, height, width, device):
-    """An object of each clip in frames i: how much of each pixel it covers (B, 1, T, H, W), its
-    colour (B, 3, T, H, W), and its flow to frames j (B, 2, T, H, W)."""
-    def tensor(values):
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
-    poses = tensor([o["pose"] for o in objects])[..., None, None]       # (B, T+1, 4, 1, 1)
-    x, y, angle, scale = poses[:, list(i)].unbind(2)                    # (B, T, 1, 1)
-    x2, y2, angle2, scale2 = poses[:, list(j)].unbind(2)                # (B, T, 1, 1)
-    radius = scale * tensor([o["radius"] for o in objects]).view(-1, 1, 1, 1)
-    pattern_angle = angle + tensor([o["pattern_angle"] for o in objects]).view(-1, 1, 1, 1)
-    paint = tensor([COLORS[o["color"]] for o in objects]).view(-1, 3, 1, 1, 1)
-    columns = torch.arange(width, device=device)                        # (W,)
-    lines = torch.arange(height, device=device)[:, None]                # (H, 1)
-    dx = columns - x                                                    # (B, T, 1, W)
-    dy = lines - y                                                      # (B, T, H, 1)
-
-    # Into the shape's own frame, R^-1 S^-1 (p - c). Outline and pattern live there.
-    own = rotate(dx / radius, dy / radius, -angle)
-    inside = coverage([SDF[o["shape"]] for o in objects], *own, radius)
-    own = rotate(dx / radius, dy / radius, -pattern_angle)
-    dark = coverage([PATTERNS[o["pattern"]] for o in objects], *own, radius)
-    color = 2 * paint * (1 - 0.35 * dark[:, None]) - 1                  # darker, of the same hue
-
-    # Out of it again in frame j: R_j S_j S_i^-1 R_i^-1 (p - c_i) + c_j - p.
-    cos = scale2 / scale * torch.cos(angle2 - angle)
-    sin = scale2 / scale * torch.sin(angle2 - angle)
-    of_columns = torch.stack([cos * dx + x2 - columns, sin * dx], dim=1)    # (B, 2, T, 1, W)
-    of_lines = torch.stack([-sin * dy, cos * dy + y2 - lines], dim=1)       # (B, 2, T, H, 1)
-    return inside[:, None], color, of_columns + of_lines
-
-
 def coverage(distances, x, y, radius):
-    """How much of each pixel is inside, 0 to 1: edges are one pixel wide."""
+    """How much of each pixel is inside, 0 to 1: edges are one pixel wide. (A, 1, n, H, W)."""
     rows = [distance(x[row], y[row]) for row, distance in enumerate(distances)]
-    return (0.5 - radius * torch.stack(rows)).clamp(0, 1)
+    return (0.5 - radius * torch.stack(rows)).clamp(0, 1)[:, None]
 
 
 def rotate(x, y, angle):
@@ -519,55 +495,35 @@ def rotate(x, y, angle):
     return cos * x - sin * y, sin * x + cos * y
 
 
-def draw_background(specs, height, width, device):
-    """Light grey, plus `texture` times a ramp of light and noise, tinted: (B, 3, 1, H, W)."""
-    grounds = [spec["background"] for spec in specs]
-
-    def numbers(key):
-        values = torch.tensor([ground[key] for ground in grounds], device=device)
-        return values.float().view(len(grounds), -1, 1, 1)
-
+def draw_background(ground, height, width):
+    """Light grey, plus `texture` times a ramp of light and noise, tinted: (3, 1, H, W)."""
+    texture = ground["texture"]
+    across, down = ground["light"]
+    tint = torch.tensor(ground["tint"]).view(3, 1, 1, 1)
     side = min(height, width)
-    x = torch.arange(width, device=device) / side - 0.5                 # (W,)
-    y = torch.arange(height, device=device)[:, None] / side - 0.5       # (H, 1)
-    light = numbers("light")
-    texture = numbers("texture")
-    rough = 2 * (light[:, :1] * x + light[:, 1:] * y) - 0.2             # (B, 1, H, W)
-    if any(ground["texture"] for ground in grounds):
-        rough = rough + smooth_noise([ground["seed"] for ground in grounds], x, y)
-    grey = (numbers("level") + texture * rough).clamp(0.08, 0.92)
-    rgb = grey * (1 + texture * numbers("tint"))                        # (B, 3, H, W)
-    return 2 * rgb[:, :, None] - 1
-
-
-def smooth_noise(seeds, x, y):
-    """Noise at three scales, each seed its own, at the places x (W,), y (H, 1): (B, 1, H, W)."""
-    on = "cpu" if x.device.type == "mps" else x.device      # mps has no bicubic sampling
-    grids = [np.random.default_rng(seed).uniform(-1, 1, (3, 16, 16)) for seed in seeds]
-    grids = torch.tensor(np.stack(grids), dtype=torch.float32, device=on)
-    places = torch.stack(torch.broadcast_tensors(x, y), dim=-1)         # (H, W, 2)
-    places = places.expand(len(seeds), -1, -1, -1).to(on)
-    noise = 0
-    for scale, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
-        noise = noise + amount * F.grid_sample(
-            grids[:, scale:scale + 1], places * cells * 2 / 15, mode="bicubic",
-            padding_mode="reflection", align_corners=True)
-    return noise.to(x.device)
+    x = torch.arange(width) / side - 0.5                                # (W,)
+    y = torch.arange(height)[:, None] / side - 0.5                      # (H, 1)
+    rough = 2 * (across * x + down * y) - 0.2                           # (H, W)
+    if texture:
+        # Smooth noise at three scales.
+        grids = np.random.default_rng(ground["seed"]).uniform(-1, 1, (3, 1, 16, 16))
+        cells = torch.tensor([3, 6, 12]).view(3, 1, 1, 1)
+        places = torch.stack(torch.broadcast_tensors(x, y), dim=-1)     # (H, W, 2)
+        coarse, medium, fine = F.grid_sample(
+            torch.tensor(grids).float(), places * cells * 2 / 15, mode="bicubic",
+            padding_mode="reflection", align_corners=True)[:, 0]        # (H, W) each
+        rough = rough + (0.4 * coarse + 0.25 * medium + 0.15 * fine)
+    grey = (ground["level"] + texture * rough).clamp(0.08, 0.92)
+    return 2 * grey * (1 + texture * tint) - 1
 
 
 class MovingShapes:
     """The embedded world: [i] is a dict of video (3, T, H, W), flow (2, T, H, W), caption, spec.
-    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip.
-    ValueError for an unknown split or too small a size."""
+    A pure function of (seed, split, i): any worker, rank or resumed run makes the same clip."""
     count = 0                               # endless
 
     def __init__(self, frames, height, width, seed=0, split="train",
                  texture=0.0, size=1.0, basic=0.5):
-        if split not in SPLITS:
-            raise ValueError(f"found split {split!r}, expected one of {', '.join(SPLITS)}")
-        if frames < 1 or min(height, width) < 16:
-            raise ValueError(f"found {frames} frames of {height}x{width}, "
-                             "expected at least 1 frame of 16x16: ask for more")
         self.shape = (frames, height, width)
         self.key = [seed, SPLITS.index(split)]
         self.split = split
@@ -575,31 +531,32 @@ class MovingShapes:
         self.size = size
         self.basic = basic
 
-    def complete(self, words, rng):
-        return complete(words, *self.shape, rng, self.texture, self.size)
-
     def spec(self, i):
         """The spec of clip i, without its pixels."""
         rng = np.random.default_rng([*self.key, i])
-        return self.complete(draw_words(rng, self.split, self.basic), rng)
-
-    def clips(self, specs, captions, device):
-        video, flow = render(specs, *self.shape, device)
-        return dict(video=video, flow=flow, caption=captions, spec=specs)
-
-    def batch(self, indices, device="cpu"):
-        """Clips as a dict: video (B, 3, T, H, W), flow (B, 2, T, H, W), lists caption and spec."""
-        specs = [self.spec(int(i)) for i in indices]
-        return self.clips(specs, [caption(spec) for spec in specs], device)
+        words = draw_words(rng, self.split, self.basic)
+        return complete(words, *self.shape, rng, self.texture, self.size)
 
     def __getitem__(self, i):
         return {key: values[0] for key, values in self.batch([i]).items()}
 
+    def batch(self, indices, device="cpu"):
+        """Clips as a dict: video (B, 3, T, H, W), flow (B, 2, T, H, W), lists caption and spec."""
+        specs = [self.spec(i) for i in indices]
+        return self.clips(specs, [caption(spec) for spec in specs], device)
+
     def of_prompts(self, prompts, device="cpu"):
         """A true clip of each prompt, as `batch` gives them. What the words leave open is drawn."""
-        rngs = [np.random.default_rng([*self.key, 1, n]) for n in range(len(prompts))]
-        specs = [self.complete(parse(prompt), rng) for prompt, rng in zip(prompts, rngs)]
+        specs = []
+        for n, prompt in enumerate(prompts):
+            rng = np.random.default_rng([*self.key, 1, n])
+            specs.append(complete(parse(prompt), *self.shape, rng, self.texture, self.size))
         return self.clips(specs, list(prompts), device)
+
+    def clips(self, specs, captions, device):
+        frames, *size = self.shape
+        video, flow = draw(specs, range(frames), range(1, frames + 1), *size, device)
+        return dict(video=video, flow=flow, caption=captions, spec=specs)
 
     def prompts(self):
         """Held-out prompts to look at, one of each kind of motion."""
@@ -609,8 +566,8 @@ class MovingShapes:
 def open_data(config, split="train", device="cpu"):
     """The config's clips: the embedded world, or the folder data.root with its flow in <run>/flow.
     FileNotFoundError where there is no such folder."""
-    shape = (config.frames, config.height, config.width)
     root = config.data.root
+    shape = (config.frames, config.height, config.width)
     if not root:
         return MovingShapes(*shape, config.seed, split, **config.world)
     if not Path(root).is_dir():             # before RAFT is fetched
@@ -657,8 +614,8 @@ class Latents:
         self.count = clips.count or config.data.cache
         self.parts = open_latents(config, clips)    # dicts of z and caption, the last may be short
         if not self.parts and 0 < self.count <= config.data.cache:
-            for numbers in tqdm(chunks(0, self.count, config), f"encoding {self.count} clips",
-                                disable=common.RANK > 0, dynamic_ncols=True):
+            todo = chunks(0, self.count, config)
+            for numbers in tqdm(todo, f"encoding {self.count} clips", disable=common.RANK > 0):
                 z, captions = self.encode(numbers)
                 self.parts.append(dict(z=z.half().cpu(), caption=captions))
 
@@ -669,9 +626,13 @@ class Latents:
     def __call__(self, numbers):
         if not self.parts:
             return self.encode(numbers)
-        places = [divmod(n, len(self.parts[0]["caption"])) for n in numbers]
-        z = torch.stack([self.parts[part]["z"][row] for part, row in places])
-        return z.float(), [self.parts[part]["caption"][row] for part, row in places]
+        z = []
+        captions = []
+        for n in numbers:
+            k, row = divmod(n, len(self.parts[0]["caption"]))
+            z.append(self.parts[k]["z"][row])
+            captions.append(self.parts[k]["caption"][row])
+        return torch.stack(z).float(), captions
 
 
 def main(arguments):

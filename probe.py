@@ -33,21 +33,19 @@ import sample
 import train
 from flow import rgb_to_flow
 
-HITS = ("colour", "direction", "motion", "shape")   # right or wrong: Wilson's interval
-SHARES = (*HITS, "lost")                            # in percent
+HITS = ("colour", "direction", "motion", "picture", "shape")     # right or wrong: Wilson's interval
+SHARES = (*HITS, "lost")                                         # in percent
 
 # -------------------------------------------------------------------------------------------------
 # Shared by the experiments
 
 
 def load_models(run, device="", stages=common.STAGES[1:]):
-    """Those of the stages that are trained: {stage: model}, and the config."""
+    """{stage: model} of those stages that are trained, and the config."""
     models = {}
     for stage in stages:
         if pathlib.Path(run, f"{stage}.pt").exists():
             models[stage] = common.load_run(run, stage, device)
-        else:
-            print(f"{run} has no {stage}.pt, so it is left out: train.py run={run} stages={stage}")
     if not models:
         raise FileNotFoundError(f"{run} has none of {', '.join(stages)}: train first, "
                                 f"python train.py run={run}")
@@ -68,11 +66,30 @@ def through_tae(model, video):
     return torch.cat(clips)
 
 
-def score(videos, prompts, flows=None):
-    """The metrics of each clip, a list of dicts; flows: the optical flow generated with them."""
-    flows = [None] * len(prompts) if flows is None else flows
+def compare(models, prompts, split, seed, variants):
+    """Clips of the same prompts, from the same noise, of ground truth, the TAE and the variants
+    {name: (stage, settings)}: {name: videos}, {name: motion pictures}, {name: metrics of each}."""
+    first = next(iter(models.values()))
+    sigma = first.config.flow.sigma
+    truth = data.open_data(first.config, split).of_prompts(prompts)
+    videos = {"ground truth": truth["video"], "through the TAE": through_tae(first, truth["video"])}
+    flows = {"ground truth": truth["flow"]}
+    motions = {}
+    for name, (stage, options) in variants.items():
+        if stage not in models:
+            continue
+        s = sample.settings(models[stage], **options)
+        seeds = range(seed, seed + len(prompts))
+        videos[name], motion = sample.generate(models[stage], prompts, seeds, s)
+        if motion is not None:
+            motions[name] = motion
+            flows[name] = rgb_to_flow(motion, sigma)
     words = [data.parse(prompt) for prompt in prompts]
-    return [metrics.read_clip(*clip) for clip in zip(videos, words, flows)]
+    rows = {}
+    for name, clips in videos.items():
+        its_flows = flows.get(name, [None] * len(prompts))
+        rows[name] = [metrics.read_clip(*clip) for clip in zip(clips, words, its_flows)]
+    return videos, motions, rows
 
 
 def summary(rows, metric):
@@ -153,50 +170,37 @@ def plot_steps(run, name, rows, value, label):
 # -------------------------------------------------------------------------------------------------
 # How good is a run? train.py ends with this.
 
-REPORT = {"colour": "colour right", "direction": "direction right",
-          "roughness": "roughness, px", "lost": "object lost", "shape": "shape right"}
+REPORT = {"colour": "colour right", "direction": "direction right", "roughness": "roughness, px",
+          "lost": "object lost", "shape": "shape right"}
 
 
-def report(run, device="", seed=0, split="test", stages=common.STAGES[1:], count=64, out="report",
-           **options):
-    """Ground truth, the TAE and each stage on prompts of straight lines, read from the pixels.
-
-    options: those of sample.settings. Writes <run>/<out>.json and .png, returns the numbers.
-    """
-    models, config = load_models(run, device, stages)
-    prompts = data.straight_prompts(split, count)
-    seeds = range(seed, seed + len(prompts))
-    truth = data.open_data(config, split).of_prompts(prompts)["video"]
-    streams = {"ground truth": truth}
-    for stage, model in models.items():
-        streams.setdefault("through the TAE", through_tae(model, truth))
-        s = sample.settings(model, **options)
-        streams[stage], motion = sample.generate(model, prompts, seeds, s)
-
-    numbers = dict(seed=seed, split=split, settings=vars(s))
+def report(a):
+    """Ground truth, the TAE and each stage on prompts of straight lines: <run>/<out>.json, .png."""
+    models, _ = load_models(a.run, a.device, a.stages.split(","))
+    prompts = data.straight_prompts(a.split, a.count or 64)
+    options = dict(w_text=a.w_text, w_motion=a.w_motion, guidance=a.guidance,
+                   use_motion=not a.no_motion)
+    variants = {stage: (stage, options) for stage in models}
+    videos, motions, rows = compare(models, prompts, a.split, a.seed, variants)
+    s = sample.settings(list(models.values())[-1], **options)
+    numbers = dict(seed=a.seed, split=a.split, settings=vars(s))
     lines = []
-    for name, videos in streams.items():
-        rows = score(videos, prompts)
-        numbers[name] = {metric: summary(rows, metric) for metric in REPORT}
+    for name, its in rows.items():
+        numbers[name] = {metric: summary(its, metric) for metric in [*REPORT, "picture"]}
         lines.append([name, *(cell(numbers[name][metric], metric) for metric in REPORT)])
-    title = f"{len(prompts)} straight lines, split {split}, seed {seed} [95 % interval]"
+    title = f"{len(prompts)} straight lines, split {a.split}, seed {a.seed} [95 % interval]"
     print_table(title, ["", *REPORT.values()], lines)
-    numbers["tae_psnr_db"] = metrics.psnr(truth, streams.pop("through the TAE"))
+    again = videos.pop("through the TAE")
+    numbers["tae_psnr_db"] = metrics.psnr(videos["ground truth"], again)
     print(f"TAE: {numbers['tae_psnr_db']:.1f} dB")
-    if motion is not None:
-        rows = []
-        for prompt, flow in zip(prompts, rgb_to_flow(motion, config.flow.sigma)):
-            said = metrics.motion_direction(flow)
-            rows.append(dict(direction=float(said == data.parse(prompt)["motion"])))
-        right = summary(rows, "direction")
-        numbers["motion pictures"] = dict(direction=right)
-        print(f"direction right in its motion pictures: {cell(right, 'direction')}")
-        streams["its motion"] = motion
+    for stage, motion in motions.items():
+        right = cell(numbers[stage]["picture"], "picture")
+        print(f"direction right in the motion pictures of {stage}: {right}")
+        videos["its motion"] = motion
     some = range(0, len(prompts), 9)                    # each of the eight directions once
     numbers["sheet"] = [prompts[i] for i in some]
-    common.write_text(f"{run}/{out}.json", json.dumps(numbers, indent=1))
-    write_side_by_side(f"{run}/{out}.png", streams, some)
-    return numbers
+    common.write_text(f"{a.run}/{a.out}.json", json.dumps(numbers, indent=1))
+    write_side_by_side(f"{a.run}/{a.out}.png", videos, some)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -317,27 +321,16 @@ METRICS = ("motion", "direction", "colour", "shape", "lost", "roughness", "area_
 
 def ablate(a):
     """Every variant on the same prompts and noise, read from the pixels."""
-    models, config = load_models(a.run, a.device)
+    models, _ = load_models(a.run, a.device)
     count = min(a.count or 128, len(data.PROMPTS))
     prompts = [data.PROMPTS[i * len(data.PROMPTS) // count] for i in range(count)]
-    seeds = range(a.seed, a.seed + count)
-    truth = data.open_data(config, "test").of_prompts(prompts)
-    streams = {"ground truth": truth["video"]}
-    rows = {"ground truth": score(truth["video"], prompts, truth["flow"])}
-    again = through_tae(next(iter(models.values())), truth["video"])
-    rows["through the TAE"] = score(again, prompts)
-    for name, (stage, options) in VARIANTS.items():
-        if stage in models:
-            s = sample.settings(models[stage], **options)
-            videos, motion = sample.generate(models[stage], prompts, seeds, s)
-            flows = None if motion is None else rgb_to_flow(motion, config.flow.sigma)
-            rows[name] = score(videos, prompts, flows)
-            streams[name] = videos
+    videos, _, rows = compare(models, prompts, "test", a.seed, VARIANTS)
     print_ablation(prompts, rows)
-    clips = [dict(variant=name, prompt=prompts[i], **row)
-             for name, its in rows.items() for i, row in enumerate(its)]
+    clips = []
+    for name, its in rows.items():
+        clips += [dict(variant=name, prompt=prompt, **row) for prompt, row in zip(prompts, its)]
     write_csv(a.run, "ablate", clips)
-    write_side_by_side(f"{a.run}/probe/ablate.png", streams, range(0, count, max(1, count // 8)))
+    write_side_by_side(f"{a.run}/probe/ablate.png", videos, range(0, count, max(1, count // 8)))
 
 
 def print_ablation(prompts, rows):
@@ -496,69 +489,48 @@ def plan(config, gpus, utilisation, tflops, **others):
         show(f"memory: {name}", size / 1e9, "GB per GPU")
 
 
-def timed(device, work, *arguments):
-    """Seconds that work(*arguments) takes, the GPU's part included."""
-    start = time.perf_counter()
-    work(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def training_step(config, net, optimizer, z1, captions, draws, motion):
-    """One plain step of train.py."""
-    optimizer.zero_grad()
-    for rows in train.micro_batches(config, len(z1)):
-        some = [values[rows] for values in draws]
-        prompts = [captions[row] for row in rows]
-        with common.autocast(config, z1.device):
-            loss, _ = train.dit_loss(net, z1[rows], prompts, some, motion)
-        (loss * len(rows) / len(z1)).backward()
-    common.average_and_limit_gradients(net, train.MAX_NORM)
-    optimizer.step()
-
-
 def speed(config, steps, tflops, **others):
-    """Time training steps of the base and of the joint net; MFU is a share of tflops=."""
+    """Time training steps of the joint net on latents of noise; MFU is a share of tflops=."""
     device = common.start(config)
-    captions = (data.PROMPTS * config.batch)[:config.batch]
-    rows = []
-    for stage in ("base", "videojam"):
-        motion = stage == "videojam"
-        net = common.build_nets(config, device, motion)
-        optimizer = train.make_optimizer(config, net, 1e-4)
-        C, T, H, W = net.dit.size
-        z1 = torch.randn(config.batch, 2 * C, T, H, W).to(device)
-        draws = [train.draw(config, 0, row, z1.shape[1:]) for row in range(config.batch)]
-        draws = [torch.stack(values).to(device) for values in zip(*draws)]
-        step = config, net, optimizer, z1, captions, draws, motion
-        times = [timed(device, training_step, *step) for _ in range(int(steps) + 2)]
-        seconds = np.median(times[2:])                  # the first two allocate and compile
-        row = dict(stage=stage, seconds=seconds, clips_per_s=config.batch / seconds)
-        row["tokens_per_s"] = row["clips_per_s"] * T * H * W / net.dit.patch ** 2
-        row["tflops"] = 3 * row["clips_per_s"] * forward_flops(config, motion) / 1e12
-        row["mfu"] = row["tflops"] / tflops
-        rows.append(row)
-    lines = [[row["stage"], *(f"{x:.4g}" for x in list(row.values())[1:])] for row in rows]
-    print_table(f"{config.batch} clips a step on {device}", list(rows[0]), lines)
-    write_csv(config.run, "speed", rows)
-    print(f"memory: {memory(config, 1)['together'] / 1e9:.2f} GB planned")
+    net = common.build_nets(config, device, motion=True)
+    optimizer = train.make_optimizer(config, net, 1e-4)
+    C, T, H, W = net.dit.size
+    B = config.batch
+    z1 = torch.randn(B, 2 * C, T, H, W).to(device)
+    prompts = (data.PROMPTS * B)[:B]
+    draws = [train.draw(config, 0, row, z1.shape[1:]) for row in range(B)]
+    draws = [torch.stack(values).to(device) for values in zip(*draws)]
+    times = []
+    for _ in range(int(steps) + 2):
+        start = time.perf_counter()
+        for rows in train.micro_batches(config, B):
+            some = [values[rows] for values in draws]
+            with common.autocast(config, device):
+                captions = [prompts[row] for row in rows]
+                loss, _ = train.dit_loss(net, z1[rows], captions, some, motion=True)
+            (loss * len(rows) / B).backward()
+        common.average_and_limit_gradients(net, train.MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = np.median(times[2:])                      # the first two allocate and compile
+    rate = 3 * B * forward_flops(config, motion=True) / 1e12 / seconds
+    row = dict(seconds=seconds, clips_per_s=B / seconds)
+    row["tokens_per_s"] = row["clips_per_s"] * T * H * W / net.dit.patch ** 2
+    row.update(tflops=rate, mfu=rate / tflops, planned_gb=memory(config, 1)["together"] / 1e9)
     if device.type == "cuda":
-        print(f"memory: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated at most")
+        row["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    print_table(f"a step of {B} clips on {device}", list(row), [[f"{x:.4g}" for x in row.values()]])
+    write_csv(config.run, "speed", [row])
 
 
 # -------------------------------------------------------------------------------------------------
 # The command line
 
 
-def report_command(a):
-    options = dict(w_text=a.w_text, w_motion=a.w_motion, guidance=a.guidance,
-                   use_motion=not a.no_motion)
-    stages = a.stages.split(",")
-    report(a.run, a.device, a.seed, a.split, stages, a.count or 64, a.out, **options)
-
-
-EXPERIMENTS = {"report": report_command, "permute": permute, "sdedit": sdedit, "ablate": ablate,
+EXPERIMENTS = {"report": report, "permute": permute, "sdedit": sdedit, "ablate": ablate,
                "predicates": predicates}
 
 

@@ -141,7 +141,7 @@ def exchange(weights, average):
         average[name].copy_(own)
 
 
-def fit(config, stage, net, loss_of, steps, batch, lr, parent="", look=None):
+def fit(config, stage, net, loss_of, steps, batch, lr, parent="none", look=None):
     """Train `net`, a ModuleDict, up to `steps` steps -> the net with its averaged weights.
 
     loss_of(step, rows): the mean loss of these rows of the global batch, and what to log.
@@ -408,7 +408,7 @@ def main(arguments):
     if RANK == 0 and stages != ["tae"]:
         if not config.data.root:
             import probe                        # here, because probe.py imports this file
-            probe.report(config.run, config.device)
+            probe.main(["report", "--run", config.run, "--device", config.device])
         prompt = clips.prompts()[0]
         print(f'Next: python sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
     print0(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")

@@ -15,6 +15,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 import types
 
 import torch
@@ -24,7 +25,6 @@ import common
 import data
 import flow
 import model
-import probe
 import record_raft
 import sample
 
@@ -34,7 +34,11 @@ def in_turn(a, works, reps):
     took = {name: [] for name in works}
     for k in range(reps + 2):
         for name, work in works.items():
-            took[name].append(probe.timed(torch.device(a.device), work))
+            start = time.perf_counter()
+            work()
+            if a.device == "cuda":
+                torch.cuda.synchronize()
+            took[name].append(time.perf_counter() - start)
     return {name: seconds[2:] for name, seconds in took.items()}
 
 
@@ -221,16 +225,8 @@ def tiles(a):
         print(f"| TAE, {frames} frames of 256x256 | {memory:,.0f} MB | | | the same |", flush=True)
 
 
-def growth(a):
-    """The DiT above with more tokens: attention makes time grow faster than they do."""
-    for frames in (8, 16, 32, 64):
-        took = in_turn(a, {"ours": our_dit(a, 1, frames)}, 3)["ours"]
-        ms = 1000 * statistics.median(took)
-        print(f"| DiT, {64 * frames} tokens | {ms:,.0f} ms | | | |", flush=True)
-
-
 def main():
-    cases = dict(dit=dit, tae=tae, raft=raft, guidance=guidance, tiles=tiles, growth=growth)
+    cases = dict(dit=dit, tae=tae, raft=raft, guidance=guidance, tiles=tiles)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=cases, metavar="case", help=" ".join(cases))
     parser.add_argument("--torchvision", default="wheel/torchvision", help="its folder")

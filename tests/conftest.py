@@ -51,22 +51,26 @@ def ranks(n, *arguments, script="train.py", **environment):
             for k in range(n)]
 
 
+def state(run, stage):
+    """The folder of a stage's checkpoints, which has the name of the weights it started from."""
+    return next(Path(run, f"{stage}.state").iterdir())
+
+
 def states(run, stage):
     """The names of a stage's checkpoints, oldest first."""
-    return sorted(sorted(os.listdir(f"{run}/{stage}.state")), key=len)
+    return sorted(sorted(os.listdir(state(run, stage))), key=len)
 
 
 def read_state(run, stage, step):
     """A checkpoint, by torch's own converter: {net, average, exp_avg, exp_avg_sq: {name: w}}."""
-    path = Path(run, f"{stage}.state", f"step-{step}")
-    whole = path.with_suffix(".whole")
-    dcp_to_torch_save(path, whole)
-    state = {}
+    whole = Path(run, "whole.pt")
+    dcp_to_torch_save(state(run, stage) / f"step-{step}", whole)
+    kinds = {}
     for key, tensor in torch.load(whole, weights_only=True).items():
         kind, _, name = key.partition(".")
-        state.setdefault(kind, {})[name] = tensor
+        kinds.setdefault(kind, {})[name] = tensor
     whole.unlink()
-    return state
+    return kinds
 
 
 def read_log(run):
@@ -97,4 +101,4 @@ def quiet(monkeypatch):
         pass
     monkeypatch.setattr("train.show_samples", nothing)
     monkeypatch.setattr("train.show_reconstruction", nothing)
-    monkeypatch.setitem(sys.modules, "probe", types.SimpleNamespace(report=nothing))
+    monkeypatch.setitem(sys.modules, "probe", types.SimpleNamespace(main=nothing))

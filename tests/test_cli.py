@@ -277,7 +277,8 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     """Exit status 1, nothing on stdout, one line on stderr, nothing written."""
     status, out, err = command("train.py", "base.stesp=5", f"run={tmp_path / 'run'}")
     assert (status, out) == (1, "")
-    assert err == "train.py: unknown key 'base.stesp', did you mean base.steps?\n"
+    assert err == ("train.py: found 'base.stesp=5', expected key=value: "
+                   "did you mean base.steps=...?\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -288,8 +289,8 @@ BAD_KEYS = """hieght=16: did you mean height
     frames=8.5: frames=8.5
     tae.widths=8: tae.widths=8
     checkpointing=yes: checkpointing=yes
-    precision=fp64: one of auto, bf16, fp32
-    compile=maybe: one of auto, always, never
+    precision=fp64: auto, bf16 or fp32
+    compile=maybe: auto, always or never
     stages=base,sft: found stages=base,sft
     stages=: found stages=
     height=18: a multiple of 8
@@ -297,10 +298,10 @@ BAD_KEYS = """hieght=16: did you mean height
     tae.batch=3: a multiple of 2
     tae.tile=12: a multiple of 8
     tae.widths=[8,16]: widths
-    batch=0: a positive number
-    base.steps=-1: a positive number
-    base.lr=-1: 0 or more
-    base.lr=NaN: 0 or more
+    batch=0: at least 1
+    base.steps=-1: at least 0
+    base.lr=-1: at least 0
+    base.lr=NaN: at least 0
     drop_text=1.5: at most 1
     sample.steps=21: 2 to emulated
     device=abacus: device=abacus

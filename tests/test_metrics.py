@@ -189,7 +189,7 @@ def test_ground_truth(frames, side, texture, size):
     words = [data.parse(prompt) for prompt in prompts]
     rows = [metrics.read_clip(*clip) for clip in zip(clips["video"], words, clips["flow"])]
     mean = {key: np.nanmean([row[key] for row in rows]) for key in rows[0]}
-    assert mean["colour"] == mean["direction"] == 1
+    assert mean["colour"] == mean["direction"] == mean["picture"] == 1
     assert mean["motion"] >= 0.97 and mean["shape"] >= (0.9 if texture else 0.97)
     assert mean["agreement"] < 0.12 and mean["area_variation"] < 0.1 and mean["lost"] < 0.01
 

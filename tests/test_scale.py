@@ -20,7 +20,8 @@ import data
 import model
 import train
 import videos
-from conftest import TINY, finished, folder, free_port, read_log, read_state, start, states
+from conftest import (
+    TINY, finished, folder, free_port, read_log, read_state, start, state, states)
 
 # 12 frames are 3 latent ones, so two ranks share the positions in time unevenly.
 TEN = "frames=12 stages=base,videojam base.steps=10 videojam.steps=10 save_every=5".split()
@@ -47,6 +48,12 @@ def assert_same_end(run, straight):
         assert_equal(tensors, other[kind])
 
 
+def copy_state(source, run, step):
+    """A checkpoint of the base, or all of them, to another run of the same TAE."""
+    path = state(source, "base")
+    shutil.copytree(path / step, run / "base.state" / path.name / step)
+
+
 def nothing(*args, **kwargs):
     pass
 
@@ -55,7 +62,7 @@ def nothing(*args, **kwargs):
 def no_samples_no_report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "show_samples", nothing)
-        patch.setitem(sys.modules, "probe", types.SimpleNamespace(report=nothing))
+        patch.setitem(sys.modules, "probe", types.SimpleNamespace(main=nothing))
         yield
 
 
@@ -72,7 +79,7 @@ def alone(trained, tmp_path_factory):
 def as_a_rank(root, runs):
     """What torchrun starts twice: the runs {name: [port, arguments]} in turn."""
     draw, look = train.draw, train.show_samples
-    sys.modules["probe"] = types.SimpleNamespace(report=nothing)
+    sys.modules["probe"] = types.SimpleNamespace(main=nothing)
 
     def backend(graph, inputs):                 # runs what dynamo found, without a C compiler
         print("a compiled block")
@@ -109,7 +116,7 @@ def pair(trained, alone, tmp_path_factory):
         bf16=["precision=bf16", "stages=tae,base"])
     for name in settings.keys() - {"tae", "bf16"}:      # which train their own TAE
         folder(trained, root / name, "tae")
-    shutil.copytree(alone / "base.state/step-5", root / "resumed/base.state/step-5")
+    copy_state(alone, root / "resumed", "step-5")
     todo = json.dumps({name: [free_port(), more] for name, more in settings.items()})
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2".split()
     status, out, err = finished(start(*torchrun, __file__, root, todo, script="-m"))
@@ -132,7 +139,7 @@ def test_two_ranks_hold_the_same_weights(alone, pair):
         assert b["loss_x_by_t"] == pytest.approx(a["loss_x_by_t"], abs=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     whole = 4 * 4 * sum(w.numel() for w in two["net"].values())
-    files = list(run.glob("videojam.state/step-10/*.distcp"))
+    files = list(state(run, "videojam").glob("step-10/*.distcp"))
     assert len(files) == 2 and all(0.5 < file.stat().st_size / whole < 0.9 for file in files)
 
 
@@ -152,7 +159,7 @@ def test_one_resumes_what_two_ranks_left(alone, pair, tmp_path, capsys):
     """Step 5 by two ranks, step 10 by one: within 1e-5."""
     together = pair[0] / "together"
     run = folder([together], tmp_path / "run", "tae")
-    shutil.copytree(together / "base.state/step-5", run / "base.state/step-5")
+    copy_state(together, run, "step-5")
     train.main([*TINY, *TEN, f"run={run}", "stages=base"])
     assert "step 5 to 10" in capsys.readouterr().out
     assert_equal(weights(run, "base"), weights(alone, "base"), within=1e-5)
@@ -176,7 +183,7 @@ def test_one_rank_told_tells_all(pair):
     run = pair[0] / "told"
     assert pair[1].count("base: SIGTERM after step 6 of 40, saved") == 2
     assert states(run, "base") == ["step-6"] and not (run / "base.pt").exists()
-    assert len(list(run.glob("base.state/step-6/*.distcp"))) == 2
+    assert len(list(state(run, "base").glob("step-6/*.distcp"))) == 2
 
 
 def test_micro_batches_meet_on_every_rank(monkeypatch):
@@ -249,8 +256,7 @@ def run(trained, tmp_path):
 
 def newest(run):
     """The step of the newest whole checkpoint; 0 if there is none."""
-    names = [path.name[5:] for path in (run / "base.state").glob("step-*")]
-    return max([int(name) for name in names if name.isdigit()], default=0)
+    return max([int(path.name[5:]) for path in run.glob("base.state/*/step-*")], default=0)
 
 
 def kill_often(run, arguments, kills, seed, longest=0.3):
@@ -264,7 +270,7 @@ def kill_often(run, arguments, kills, seed, longest=0.3):
             time.sleep(0.005)
         if n % 2 == 0:
             time.sleep(moments.uniform(0, longest))
-        while n % 2 and process.poll() is None and not list(run.glob("base.state/*.tmp")):
+        while n % 2 and process.poll() is None and not list(run.glob("base.state/*/writing")):
             time.sleep(0.0005)
         process.kill()
         out = finished(process)[1]
@@ -290,16 +296,19 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("holder, name, at, done, step", [
-    (common.dcp, "save", "step-3.tmp", True, 2), (os, "replace", "step-3.tmp", False, 2),
-    (os, "replace", "step-3.tmp", True, 3), (shutil, "rmtree", "step-1", False, 3)])
+    (common.dcp, "save", "writing", True, 2), (os, "replace", "step-3", False, 2),
+    (os, "replace", "step-3", True, 3), (shutil, "rmtree", "step-1", False, 3)])
 def test_killed_while_saving(run, straight, monkeypatch, capsys, holder, name, at, done, step):
-    """Before the third checkpoint gets its `parent`, before and after it is renamed, and before an
-    old one is deleted: the newest whole one goes on, and the end is bit for bit the same."""
+    """After the third checkpoint is written, before and after it is renamed, and before an old one
+    is deleted: the newest whole one goes on, and the end is bit for bit the same."""
     real = getattr(holder, name)
+    saves = []
 
     def die(*args, **options):
-        path = str(options.get("checkpoint_id", args[0]))
-        chosen = path.endswith(f"/{at}") and (name != "rmtree" or os.path.exists(path))
+        path = str(options.get("checkpoint_id", args[-1]))
+        saves.append(name == "save")
+        third = name != "save" or sum(saves) == 3
+        chosen = path.endswith(f"/{at}") and third and (name != "rmtree" or os.path.exists(path))
         if not chosen or done:
             real(*args, **options)
         if chosen:
@@ -328,11 +337,11 @@ def test_sigterm_saves_and_leaves(run, straight):
     assert_same_end(run, straight)
 
 
-@pytest.mark.parametrize("harm", ["cut", ".metadata", "parent", "__0_0.distcp"])
+@pytest.mark.parametrize("harm", ["cut", ".metadata", "__0_0.distcp"])
 def test_a_torn_checkpoint_falls_back(run, straight, capsys, harm):
     """The newest is damaged, or a file of it is gone: the one before is resumed, and said so."""
-    shutil.copytree(straight / "base.state", run / "base.state")
-    torn = run / "base.state/step-40"
+    copy_state(straight, run, "")
+    torn = state(run, "base") / "step-40"
     if harm == "cut":
         os.truncate(torn / "__0_0.distcp", 100_000)
     else:
@@ -345,10 +354,10 @@ def test_a_torn_checkpoint_falls_back(run, straight, capsys, harm):
 
 def test_when_all_are_torn(run, straight):
     """One line says what to delete; nothing is overwritten."""
-    shutil.copytree(straight / "base.state", run / "base.state")
+    copy_state(straight, run, "")
     for file in run.rglob("*.distcp"):
         os.truncate(file, 100)
-    with pytest.raises(ValueError, match="step-40 is torn .*; .*step-39 is torn .*: delete") as e:
+    with pytest.raises(ValueError, match="base.state/.* has no whole checkpoint: delete it") as e:
         train.main([*TINY, *FORTY, f"run={run}"])
     assert "\n" not in str(e.value)
     assert states(run, "base") == ["step-39", "step-40"] and not (run / "base.pt").exists()
