@@ -89,11 +89,9 @@ def read_pair(argument, defaults):
     if kind is str:
         return key, text
     try:
-        value = json.loads(text)
+        value = float(text) if kind is float else json.loads(text)
     except ValueError:
         value = None
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not kind or kind is list and {type(n) for n in value} != {int}:
         like = json.dumps(defaults[key])
         raise ValueError(f"found {argument}, expected a {kind.__name__} like {like}")
@@ -102,9 +100,7 @@ def read_pair(argument, defaults):
 
 def load_config(arguments=()):
     """["preset=4b", "dit.depth=3"] -> the resolved, checked Config; ValueError in one line.
-
-    A run folder that exists knows its config: keys given again must agree, or be in MAY_CHANGE.
-    """
+    A run folder that exists knows its config: keys given again must agree, or be in MAY_CHANGE."""
     document = yaml.safe_load(pathlib.Path(__file__).with_name("config.yaml").read_text())
     flat = flatten(document["default"])
     given = dict(read_pair(argument, flat) for argument in arguments)
@@ -118,7 +114,7 @@ def load_config(arguments=()):
     if preset not in document["presets"]:
         raise ValueError(f"preset={preset}: expected one of {', '.join(document['presets'])}")
     flat.update(flatten(document["presets"][preset]))
-    flat.update({key: stored[key] for key in flat.keys() & stored.keys() - {"stages"}})
+    flat.update({key: stored[key] for key in flat.keys() & (stored.keys() - {"stages"})})
     for key, value in given.items():
         if key not in MAY_CHANGE and stored.get(key, value) != value:
             raise ValueError(f"{run} was made with {key}={stored[key]}, found {key}={value}: "
@@ -140,8 +136,8 @@ def check(flat):
 
     for key, value in flat.items():
         if type(value) in (int, float) and key != "t_mean":
-            least = 0 if key in MAY_BE_ZERO or type(value) is float else 1
-            need(value >= least, key, f"at least {least}")
+            least = 0 if type(value) is float or key in MAY_BE_ZERO else 1
+            need(value >= least, key, f"{least} or more")
     for key in ("drop_text", "drop_motion", "ema", "cooldown", "world.texture", "world.basic"):
         need(flat[key] <= 1, key, "at most 1")
     need(flat["precision"] in ("auto", "bf16", "fp32"), "precision", "auto, bf16 or fp32")
@@ -154,8 +150,8 @@ def check(flat):
                 "tae.tile": 2 * flat["tae.temporal"]}               # tiles overlap by half
     for key, divisor in divisors.items():
         need(flat[key] % divisor == 0, key, f"a multiple of {divisor}")
-    fits = len(flat["tae.blocks"]) == len(flat["tae.widths"]) - 1
-    need(fits, "tae.blocks", "one number fewer than tae.widths")
+    halvings = len(flat["tae.widths"]) - 1
+    need(len(flat["tae.blocks"]) == halvings, "tae.blocks", "one number fewer than tae.widths")
     with torch.device("meta"):          # its constructor knows which widths fit together
         build_tae(nest(flat))
 
@@ -216,12 +212,11 @@ def broadcast(work):
 
 def find_device(name=""):
     """That device, or cuda, else mps, else cpu; under torchrun each rank has its own GPU."""
-    there = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    there = [f"cuda:{n}" for n in range(torch.cuda.device_count())] + ["cpu"]
     if torch.backends.mps.is_available():
-        there.append("mps")
-    there.append("cpu")
-    name = name or there[0].partition(":")[0]
-    if name == "cuda":
+        there.insert(0, "mps")
+    name = name or there[0]
+    if name == "cuda" or name.startswith("cuda") and WORLD > 1:
         name = f"cuda:{LOCAL_RANK}"
     if name not in there:
         raise ValueError(f"found device={name}, expected one of {', '.join(there)}")
@@ -263,8 +258,7 @@ def build_nets(config, device, motion=False):
     """Text encoder and DiT with their first weights, over several ranks sharded (FSDP2, ZeRO-3).
 
     A block's weights are gathered when its turn comes, in bf16 where the config says so;
-    gradients are averaged over the ranks in fp32. Alone the same lines build the nets whole.
-    """
+    gradients are averaged over the ranks in fp32. Alone the same lines build the nets whole."""
     with torch.device("meta"):          # sizes without memory: no GPU ever holds a large net whole
         net = nn.ModuleDict(dict(text=build_text(config), dit=build_dit(config, motion)))
     if config.compile == "always" or config.compile == "auto" and device.type == "cuda":
@@ -401,7 +395,7 @@ def save(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def save_weights(config, stage, net, step, parent="", tae=""):
+def save_weights(config, stage, net, step, parent="none", tae="none"):
     """<run>/<stage>.pt: the net's weights, the config, and on whose weights this stage stands."""
     weights = {}
     for name, w in net.state_dict().items():
@@ -461,10 +455,8 @@ def load_tae(config, device):
 
 
 def load_run(run, stage="videojam", device=""):
-    """What sampling needs: config, tae, text, dit (averaged weights), motion, device, stage, run.
-
-    motion says whether this stage predicts d. FileNotFoundError or ValueError, one line each.
-    """
+    """All that sampling needs, with averaged weights; motion: does this stage predict d?
+    FileNotFoundError or ValueError, one line each."""
     run = pathlib.Path(run)
     if not (run / "config.json").exists():
         raise FileNotFoundError(f"{run} is no run folder; train first: python train.py run={run}")
@@ -481,7 +473,7 @@ def load_run(run, stage="videojam", device=""):
     net = load_into(net.to_empty(device=device), saved["weights"], run / f"{stage}.pt")
     net.eval().requires_grad_(False)
     return types.SimpleNamespace(config=config, tae=tae, text=net.text, dit=net.dit,
-                                 motion=motion, device=device, stage=stage, run=run)
+                                 motion=motion, device=device)
 
 
 class Checkpoint:
@@ -493,19 +485,18 @@ class Checkpoint:
 
     def __init__(self, config, stage, net, optimizer, average, parent):
         self.folder = pathlib.Path(config.run, f"{stage}.state", parent)
-        self.optimizer = optimizer
         self.tensors = {}
         for name, w in net.state_dict(keep_vars=True).items():
             self.tensors[f"net.{name}"] = w
             self.tensors[f"average.{name}"] = average[name]
         for name, p in net.named_parameters():      # DCP fills tensors in place: they must be there
-            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
-            for kind in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[p][kind] = torch.zeros_like(p)
-                self.tensors[f"{kind}.{name}"] = optimizer.state[p][kind]
+            optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
+                                      exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            for kind, tensor in optimizer.state[p].items():
+                self.tensors[f"{kind}.{name}"] = tensor
 
     def steps(self):
-        """Of the whole ones, newest first."""
+        """Of those that are there, newest first."""
         found = [int(path.name[5:]) for path in self.folder.glob("step-*")]
         return sorted(found, reverse=True)
 
@@ -515,13 +506,10 @@ class Checkpoint:
         for step in steps:
             try:
                 dcp.load(self.tensors, checkpoint_id=self.folder / f"step-{step}")
+                return step
             except dcp.CheckpointException as error:        # of all ranks, with tracebacks
                 reason = str(error).splitlines()[-1]
                 print0(f"{self.folder}/step-{step} is torn ({reason}), trying the one before")
-                continue
-            for state in self.optimizer.state.values():
-                state["step"].fill_(step)
-            return step
         if steps:
             raise ValueError(f"{self.folder} has no whole checkpoint: delete it to start again")
         return 0

@@ -145,7 +145,7 @@ def draw_words(rng, split, basic=0.5, motion=None):
 
 def caption(words):
     """The sentence of words, or of a spec: at most 64 bytes. `parse` is its inverse."""
-    motion, *turn = words["motion"].split()
+    motion, _, turn = words["motion"].partition(" ")
     adverb = ADVERBS[words["speed"]]
     if motion in DIRECTIONS:
         to_the = "to the " if motion in ("left", "right") else ""
@@ -157,7 +157,7 @@ def caption(words):
     texts = []
     for template in TEMPLATES:
         text = template.format(named=names[0], ing=ing, does=does)
-        texts.append(text.format(other=names[-1], turn="".join(turn)))
+        texts.append(text.format(other=names[-1], turn=turn))
     short = [text for text in texts if len(text) <= 64]     # a byte is a token of the text encoder
     return short[words["template"] % len(short)]
 
@@ -442,8 +442,7 @@ def flow_between(specs, i, j, height, width, device="cpu"):
 def draw(specs, i, j, height, width, device="cpu"):
     """The specs' frames i (B, 3, n, H, W), painted from back to front, and the flow from each to
     its frame of j (B, 2, n, H, W) px."""
-    grounds = [draw_background(spec["background"], height, width) for spec in specs]
-    video = torch.stack(grounds).to(device).repeat(1, 1, len(i), 1, 1)
+    video = draw_background(specs, height, width, device).repeat(1, 1, len(i), 1, 1)
     flow = torch.zeros_like(video[:, :2])
     columns = torch.arange(width, device=device)                        # (W,)
     lines = torch.arange(height, device=device)[:, None]                # (H, 1)
@@ -495,26 +494,40 @@ def rotate(x, y, angle):
     return cos * x - sin * y, sin * x + cos * y
 
 
-def draw_background(ground, height, width):
-    """Light grey, plus `texture` times a ramp of light and noise, tinted: (3, 1, H, W)."""
-    texture = ground["texture"]
-    across, down = ground["light"]
-    tint = torch.tensor(ground["tint"]).view(3, 1, 1, 1)
+def draw_background(specs, height, width, device):
+    """Light grey, plus `texture` times a ramp of light and noise, tinted: (B, 3, 1, H, W)."""
+    grounds = [spec["background"] for spec in specs]
+
+    def numbers(key):
+        values = torch.tensor([ground[key] for ground in grounds], device=device)
+        return values.float().view(len(grounds), -1, 1, 1)
+
     side = min(height, width)
-    x = torch.arange(width) / side - 0.5                                # (W,)
-    y = torch.arange(height)[:, None] / side - 0.5                      # (H, 1)
-    rough = 2 * (across * x + down * y) - 0.2                           # (H, W)
-    if texture:
-        # Smooth noise at three scales.
-        grids = np.random.default_rng(ground["seed"]).uniform(-1, 1, (3, 1, 16, 16))
-        cells = torch.tensor([3, 6, 12]).view(3, 1, 1, 1)
-        places = torch.stack(torch.broadcast_tensors(x, y), dim=-1)     # (H, W, 2)
-        coarse, medium, fine = F.grid_sample(
-            torch.tensor(grids).float(), places * cells * 2 / 15, mode="bicubic",
-            padding_mode="reflection", align_corners=True)[:, 0]        # (H, W) each
-        rough = rough + (0.4 * coarse + 0.25 * medium + 0.15 * fine)
-    grey = (ground["level"] + texture * rough).clamp(0.08, 0.92)
-    return 2 * grey * (1 + texture * tint) - 1
+    x = torch.arange(width, device=device) / side - 0.5                 # (W,)
+    y = torch.arange(height, device=device)[:, None] / side - 0.5       # (H, 1)
+    light = numbers("light")
+    texture = numbers("texture")
+    rough = 2 * (light[:, :1] * x + light[:, 1:] * y) - 0.2             # (B, 1, H, W)
+    if any(ground["texture"] for ground in grounds):
+        rough = rough + smooth_noise([ground["seed"] for ground in grounds], x, y)
+    grey = (numbers("level") + texture * rough).clamp(0.08, 0.92)
+    rgb = grey * (1 + texture * numbers("tint"))                        # (B, 3, H, W)
+    return 2 * rgb[:, :, None] - 1
+
+
+def smooth_noise(seeds, x, y):
+    """Noise at three scales, each seed its own, at the places x (W,), y (H, 1): (B, 1, H, W)."""
+    on = "cpu" if x.device.type == "mps" else x.device      # mps has no bicubic sampling
+    grids = [np.random.default_rng(seed).uniform(-1, 1, (3, 16, 16)) for seed in seeds]
+    grids = torch.tensor(np.stack(grids), dtype=torch.float32, device=on)
+    places = torch.stack(torch.broadcast_tensors(x, y), dim=-1)         # (H, W, 2)
+    places = places.expand(len(seeds), -1, -1, -1).to(on)
+    noise = 0
+    for scale, (amount, cells) in enumerate(((0.4, 3), (0.25, 6), (0.15, 12))):
+        noise = noise + amount * F.grid_sample(
+            grids[:, scale:scale + 1], places * cells * 2 / 15, mode="bicubic",
+            padding_mode="reflection", align_corners=True)
+    return noise.to(x.device)
 
 
 class MovingShapes:
@@ -554,8 +567,9 @@ class MovingShapes:
         return self.clips(specs, list(prompts), device)
 
     def clips(self, specs, captions, device):
-        frames, *size = self.shape
-        video, flow = draw(specs, range(frames), range(1, frames + 1), *size, device)
+        frames, height, width = self.shape
+        following = range(1, frames + 1)
+        video, flow = draw(specs, range(frames), following, height, width, device)
         return dict(video=video, flow=flow, caption=captions, spec=specs)
 
     def prompts(self):

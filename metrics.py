@@ -28,6 +28,7 @@ def nearest_hue(video):
     r, g, b = rgb
     largest = rgb.amax(0)
     chroma = largest - rgb.amin(0)
+    # COLORS stand in the order of their hues: 0, 60, 120, ... degrees.
     hue = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)
     nearest = (hue / (math.pi / 3)).round().long() % 6  # (T, H, W)
     return nearest, chroma / largest.clamp(min=1e-6) * (chroma > 0.1)
@@ -134,7 +135,7 @@ def shape_of(seen):
 
 
 # -------------------------------------------------------------------------------------------------
-# What it does: one rule for each motion
+# What it does: one rule for each motion. The thresholds were set on true clips of the world.
 
 
 def observe(path, area, turn, partner=None):

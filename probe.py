@@ -8,6 +8,10 @@
     python probe.py plan preset=4b gpus=32  # parameters, FLOPs, hours and memory, on paper
     python probe.py speed preset=small      # clips, tokens and FLOPs per second, measured
 
+plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 tflops=989 (of one
+GPU at its peak), speed also steps=20 tflops=989. The others take the flags below; those from
+--split on are for report alone.
+
 Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
 as VideoJAM. All models get the same prompts and the same noise, so differences are paired.
 
@@ -554,13 +558,13 @@ def main(argv):
     add("--count", type=int, help="prompts or clips")
     add("--seed", type=int, default=0, help="of the first clip's noise")
     add("--device", default="")
-    add("--split", default="test", choices=("test", "val"), help="report: of the prompts")
-    add("--stages", default=",".join(common.STAGES[1:]), help="report: those of these")
-    add("--w-text", type=float, help="report: w1 of Eq. 8")
-    add("--w-motion", type=float, help="report: w2 of Eq. 8")
-    add("--guidance", default="inner", choices=("inner", "ip2p", "text", "none"), help="report")
-    add("--no-motion", action="store_true", help="report: d = 0 at every step")
-    add("--out", default="report", help="report: the name of its two files")
+    add("--split", default="test", choices=("test", "val"), help="of the prompts")
+    add("--stages", default=",".join(common.STAGES[1:]), help="those of these")
+    add("--w-text", type=float, help="w1 of Eq. 8")
+    add("--w-motion", type=float, help="w2 of Eq. 8")
+    add("--guidance", default="inner", choices=("inner", "ip2p", "text", "none"))
+    add("--no-motion", action="store_true", help="d = 0 at every step")
+    add("--out", default="report", help="the name of its two files")
     a = parser.parse_args(argv)
     EXPERIMENTS[a.experiment](a)
 

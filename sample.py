@@ -42,9 +42,9 @@ def linear_quadratic_schedule(steps=100, linear_steps=50, emulated_steps=1000):
     return (torch.cat([linear, quadratic]) / N).float()
 
 
-def schedule(settings):
-    """The times of config.sample, or of `settings` below: half of the steps are linear."""
-    return linear_quadratic_schedule(settings.steps, settings.steps // 2, settings.emulated)
+def schedule(s):
+    """The times of s, which is config.sample or `settings`: half of the steps are linear."""
+    return linear_quadratic_schedule(s.steps, s.steps // 2, s.emulated)
 
 
 # Eq. 7 asks for p([x,d] | y) p(y | [x,d])^w1 p(d | x, y)^w2. By Bayes both factors are ratios of
@@ -101,7 +101,7 @@ def guided_velocity(model, z, t, text, mask, s, first_half):
     B, C = len(z), common.latent_size(model.config)[0]
     no_d = z.clone()
     no_d[:, C:] = 0                                                     # exactly, as in training
-    own = z if s.use_motion else no_d
+    own = z if s.use_motion else no_d                                   # the base has no d at all
     with_text = torch.arange(B)
     no_text = torch.full((B,), B)
     # sec. 4.3: motion guides in the first half of the steps, then text alone, in two branches.
@@ -118,11 +118,11 @@ def guided_velocity(model, z, t, text, mask, s, first_half):
     if s.guidance == "none":
         return u[0]
     # Where motion does not guide, u stands in for the branch without it, and the w2 terms cancel.
-    if s.guidance == "ip2p":
+    if s.guidance == "ip2p":        # with the same two weights, as in the paper
         u_no_both = u[2] if motion_guides else u[1]
         return ip2p_guidance(u[0], u[1], u_no_both, s.w_text, s.w_motion)
-    # With motion dropped the net was never trained to predict d, yet Eq. 8 to the letter feeds
-    # that half into d too. Leaving it out made no difference that could be measured.
+    # With motion dropped the net was never trained to predict d. Yet Eq. 8 to the letter uses the
+    # d half of u_no_motion too. Leaving it out made no difference that could be measured.
     u_no_motion = u[2] if motion_guides else u[0]
     return inner_guidance(u[0], u[1], u_no_motion, s.w_text, s.w_motion)
 

@@ -142,7 +142,7 @@ def exchange(weights, average):
 
 
 def fit(config, stage, net, loss_of, steps, batch, lr, parent="none", look=None):
-    """Train `net`, a ModuleDict, up to `steps` steps -> the net with its averaged weights.
+    """Train `net`, a ModuleDict, up to `steps` steps. It ends with its averaged weights.
 
     loss_of(step, rows): the mean loss of these rows of the global batch, and what to log.
     """
@@ -200,7 +200,7 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="none", look=None)
                 net.train()
                 exchange(weights, average)
     exchange(weights, average)          # the average is what is kept
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def train_dit(config, stage, latents, device):
         first = saved["step"]
 
     def loss_of(step, rows):
-        position = first + step     # new clips and noise, the same for control and videojam
+        position = first + step     # after the base's clips and noise; control and videojam alike
         z1, captions = latents(
             clip_numbers(config.seed, position, rows, config.batch, latents.count))
         draws = [draw(config, position, row, z1.shape[1:]) for row in rows]
@@ -385,7 +385,7 @@ def main(arguments):
     stages = [stage for stage in common.STAGES if stage in config.stages.split(",")]
     device = common.start(config)
     todo = common.broadcast(lambda: [s for s in stages if not is_finished(config, s)])
-    for stage in todo:
+    for stage in todo:              # refuses a batch that does not fit the ranks, before the first
         micro_batches(config, config.tae.batch if stage == "tae" else config.batch)
     clips = data.open_data(config, "train", device)
     if RANK == 0:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.elastic.utils.distributed import get_free_port as free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,13 +41,6 @@ def finished(*processes):
 
 def command(script, *arguments, **environment):
     return finished(start(*arguments, script=script, **environment))
-
-
-def ranks(n, *arguments, script="train.py", **environment):
-    """n processes with the environment that torchrun gives its ranks; torchrun itself is slower."""
-    environment.update(WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    return [start(*arguments, script=script, RANK=str(k), LOCAL_RANK=str(k), **environment)
-            for k in range(n)]
 
 
 def state(run, stage):
@@ -94,11 +86,15 @@ def trained(tmp_path_factory):
     return run, out
 
 
-@pytest.fixture
-def quiet(monkeypatch):
+def silence(patch):
     """train.main in this process without samples and report."""
     def nothing(*args, **kwargs):
         pass
-    monkeypatch.setattr("train.show_samples", nothing)
-    monkeypatch.setattr("train.show_reconstruction", nothing)
-    monkeypatch.setitem(sys.modules, "probe", types.SimpleNamespace(main=nothing))
+    patch.setattr("train.show_samples", nothing)
+    patch.setattr("train.show_reconstruction", nothing)
+    patch.setitem(sys.modules, "probe", types.SimpleNamespace(main=nothing))
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    silence(monkeypatch)

