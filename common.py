@@ -83,8 +83,9 @@ def read_pair(argument, defaults):
     """"dit.depth=3" -> ("dit.depth", 3), a value of the default's type; ValueError in one line."""
     key, equals, text = argument.partition("=")
     if key not in defaults or not equals:
-        near, = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
-        raise ValueError(f"found {argument!r}, expected key=value: did you mean {near}=...?")
+        near = difflib.get_close_matches(key, defaults, n=1) or ["preset"]
+        raise ValueError(f"found {argument!r}, expected key=value: did you mean {near[0]}=...? "
+                         "--help prints all keys")
     kind = type(defaults[key])
     if kind is str:
         return key, text
@@ -108,7 +109,7 @@ def load_config(arguments=()):
     path = pathlib.Path(run, "config.json")
     try:
         stored = flatten(json.loads(path.read_text())) if path.exists() else {}
-    except ValueError:
+    except (ValueError, AttributeError):
         raise ValueError(f"{path} is no config of train.py: repair or delete it") from None
     preset = given.get("preset", stored.get("preset", flat["preset"]))
     if preset not in document["presets"]:
@@ -116,7 +117,7 @@ def load_config(arguments=()):
     flat.update(flatten(document["presets"][preset]))
     flat.update({key: stored[key] for key in flat.keys() & (stored.keys() - {"stages"})})
     for key, value in given.items():
-        if key not in MAY_CHANGE and stored.get(key, value) != value:
+        if key not in MAY_CHANGE and key in stored and stored[key] != value:
             raise ValueError(f"{run} was made with {key}={stored[key]}, found {key}={value}: "
                              "leave it out, or take another run=folder")
     flat.update(given, preset=preset, run=run)
@@ -135,6 +136,8 @@ def check(flat):
             raise ValueError(f"config: found {key}={flat[key]}, expected {expected}")
 
     for key, value in flat.items():
+        if type(value) is float:
+            need(math.isfinite(value), key, "a finite number")
         if type(value) in (int, float) and key != "t_mean":
             least = 0 if type(value) is float or key in MAY_BE_ZERO else 1
             need(value >= least, key, f"{least} or more")
@@ -150,6 +153,8 @@ def check(flat):
                 "tae.tile": 2 * flat["tae.temporal"]}               # tiles overlap by half
     for key, divisor in divisors.items():
         need(flat[key] % divisor == 0, key, f"a multiple of {divisor}")
+    need(min(flat["tae.widths"], default=0) > 0, "tae.widths", "numbers of 1 or more")
+    need(min(flat["tae.blocks"], default=0) >= 0, "tae.blocks", "numbers of 0 or more")
     halvings = len(flat["tae.widths"]) - 1
     need(len(flat["tae.blocks"]) == halvings, "tae.blocks", "one number fewer than tae.widths")
     with torch.device("meta"):          # its constructor knows which widths fit together
@@ -389,9 +394,10 @@ def save(path, content):
     """torch.save beside, then rename: whole or not at all; OSError where it cannot be written."""
     try:
         torch.save(content, f"{path}.tmp")
-    except RuntimeError:                                # of torch's own writer
-        pathlib.Path(f"{path}.tmp").unlink()
-        raise OSError(f"{path} could not be written: is the disk full?") from None
+    except RuntimeError as error:                       # of torch's own writer
+        pathlib.Path(f"{path}.tmp").unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): is the disk full?") from None
     os.replace(f"{path}.tmp", path)
 
 
@@ -427,6 +433,8 @@ def read_weights(path):
     try:
         damaged = zipfile.ZipFile(path).testzip()       # torch.load does not look at checksums
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
     except Exception:                                   # damaged bytes raise a dozen types
         damaged = True
     if damaged or "weights" not in saved:
@@ -497,12 +505,17 @@ class Checkpoint:
 
     def steps(self):
         """Of those that are there, newest first."""
-        found = [int(path.name[5:]) for path in self.folder.glob("step-*")]
+        names = [path.name[5:] for path in self.folder.glob("step-*")]
+        found = [int(name) for name in names if name.isdigit()]
         return sorted(found, reverse=True)
 
     def load(self):
         """Fill everything from the newest one that can be read -> its step; 0 if there is none."""
         steps = broadcast(self.steps)
+        others = [path for path in self.folder.parent.glob("*") if path != self.folder]
+        if others:
+            print0(f"{', '.join(map(str, others))}: left by a training from other weights, delete "
+                   "it if you do not need it")
         for step in steps:
             try:
                 dcp.load(self.tensors, checkpoint_id=self.folder / f"step-{step}")

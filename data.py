@@ -8,7 +8,7 @@ names of VideoJAM-bench. Your own videos are read by videos.py.
 
 A clip is first words (what a caption says), then a spec (words, sizes, paths, background), then
 pixels and flow. To add a shape, write its function and name it in SDF. To add a motion, write the
-function of its path, and name it in MOTIONS, READ and PATHS.
+function of its path, name it in KINDS, PHRASES and PATHS, and give it a rule in metrics.py.
 
 Letters: B clips, T frames, H height, W width, A objects (1 or 2). Pixel centres are whole numbers,
 x points right and y down, so that a growing angle turns clockwise. Videos lie in [-1, 1], optical
@@ -211,7 +211,7 @@ def fixed_prompts(motions, count):
         objects = [{"color": color, "shape": shape}]
         if motion in PAIRED:
             other = colors[(colors.index(color) + 1 + n % 5) % 6]
-            objects.append({"color": other, "shape": SHAPES[(turn + m) % 4]})
+            objects.append({"color": other, "shape": SHAPES[(turn + m) % len(SHAPES)]})
         speed = SPEEDS[(turn + m) % 3]
         words = dict(motion=motion, speed=speed, objects=objects, template=turn + m)
         prompts.append(caption(words))
@@ -441,7 +441,7 @@ def flow_between(specs, i, j, height, width, device="cpu"):
 
 def draw(specs, i, j, height, width, device="cpu"):
     """The specs' frames i (B, 3, n, H, W), painted from back to front, and the flow from each to
-    its frame of j (B, 2, n, H, W) px."""
+    its frame of j (B, 2, n, H, W) px. A: the clips that have an object in a layer."""
     video = draw_background(specs, height, width, device).repeat(1, 1, len(i), 1, 1)
     flow = torch.zeros_like(video[:, :2])
     columns = torch.arange(width, device=device)                        # (W,)

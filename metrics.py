@@ -159,13 +159,13 @@ def observe(path, area, turn, partner=None):
 
 
 def rules(o):
-    """{motion: does what was observed look like it?}, those of pairs only where there is one."""
+    """{motion: does what was observed look like it?} Those of two objects, if both were seen."""
     does = {}
     even = norm(o.first - o.last) < 0.25 * norm(o.first + o.last)
     for direction in data.DIRECTIONS:
         does[direction] = heads(o, direction) and o.off_line < 0.065 * o.length and even
     same_size = 1 / 1.2 < o.growth < 1.2
-    does["still"] = o.wander < o.radius / 4 and same_size and abs(o.spin) < 0.6
+    does["still"] = o.wander < o.radius / 4 and same_size and abs(o.spin) <= 0.6
     does["growing"] = o.in_place and o.growth > 1.2
     does["shrinking"] = o.in_place and o.growth < 1 / 1.2
     does["spinning clockwise"] = o.in_place and o.spin > 0.6

@@ -10,7 +10,7 @@
 
 plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 tflops=989 (of one
 GPU at its peak), speed also steps=20 tflops=989. The others take the flags below; those from
---split on are for report alone.
+--split on are for report alone. ablate's CSV has every clip, its tables are printed.
 
 Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
 as VideoJAM. All models get the same prompts and the same noise, so differences are paired.
@@ -50,6 +50,8 @@ def load_models(run, device="", stages=common.STAGES[1:]):
     for stage in stages:
         if pathlib.Path(run, f"{stage}.pt").exists():
             models[stage] = common.load_run(run, stage, device)
+        else:
+            print(f"{run} has no {stage}.pt, so it is left out")
     if not models:
         raise FileNotFoundError(f"{run} has none of {', '.join(stages)}: train first, "
                                 f"python train.py run={run}")
@@ -203,7 +205,8 @@ def report(a):
         videos["its motion"] = motion
     some = range(0, len(prompts), 9)                    # each of the eight directions once
     numbers["sheet"] = [prompts[i] for i in some]
-    common.write_text(f"{a.run}/{a.out}.json", json.dumps(numbers, indent=1))
+    text = json.dumps(numbers, indent=1).replace("NaN", "null")
+    common.write_text(f"{a.run}/{a.out}.json", text)
     write_side_by_side(f"{a.run}/{a.out}.png", videos, some)
 
 
@@ -341,14 +344,15 @@ def print_ablation(prompts, rows):
     """rows {variant: metrics of each clip} as tables: all clips; less VideoJAM; by group."""
     whole, less, by_group = [], [], []
     groups = groups_of(prompts, rows["ground truth"])
-    best = rows.get("VideoJAM", rows["ground truth"])
+    best = rows.get("VideoJAM")
     for name, its in rows.items():
         whole.append([name, *(cell(summary(its, metric), metric) for metric in METRICS)])
-        gaps = []
-        for metric in METRICS:
-            gap = metrics.paired([row[metric] for row in best], [row[metric] for row in its])
-            gaps.append(cell(gap, metric, sign="+"))
-        less.append([name, *gaps])
+        if best:
+            gaps = []
+            for metric in METRICS:
+                gap = metrics.paired([row[metric] for row in best], [row[metric] for row in its])
+                gaps.append(cell(gap, metric, sign="+"))
+            less.append([name, *gaps])
         parts = [summary([its[i] for i in members], "motion") for members in groups.values()]
         by_group.append([name, *(cell(part, "motion") for part in parts)])
     print_table("all clips [95 % interval]", ["", *METRICS], whole)
@@ -466,7 +470,7 @@ def memory(config, gpus):
     return {**parts, "together": sum(parts.values())}
 
 
-def plan(config, gpus, utilisation, tflops, **others):
+def plan(config, gpus, utilisation, tflops):
     """The size, FLOPs, hours and memory of a training, without doing it. A few blocks that FSDP
     gathers, or copies of weights that autocast makes, come on top of the memory."""
     def show(name, number, unit):
@@ -493,7 +497,7 @@ def plan(config, gpus, utilisation, tflops, **others):
         show(f"memory: {name}", size / 1e9, "GB per GPU")
 
 
-def speed(config, steps, tflops, **others):
+def speed(config, steps, tflops):
     """Time training steps of the joint net on latents of noise; MFU is a share of tflops=."""
     device = common.start(config)
     net = common.build_nets(config, device, motion=True)
@@ -536,24 +540,28 @@ def speed(config, steps, tflops, **others):
 
 EXPERIMENTS = {"report": report, "permute": permute, "sdedit": sdedit, "ablate": ablate,
                "predicates": predicates}
+# These take key=value: their own, and those of config.yaml.
+KEYED = {"plan": (plan, dict(gpus=1, utilisation=0.4, tflops=989)),
+         "speed": (speed, dict(steps=20, tflops=989))}
 
 
 def main(argv):
-    if argv[:1] in (["plan"], ["speed"]) and not {"-h", "--help"} & set(argv):
-        own = dict(gpus=1, utilisation=0.4, tflops=989, steps=20)
+    if argv and argv[0] in KEYED and not {"-h", "--help"} & set(argv):
+        command, own = KEYED[argv[0]]
         rest = []
         for argument in argv[1:]:
             key, _, value = argument.partition("=")
-            if key in own:
-                own[key] = float(value)
-            else:
+            if key not in own:
                 rest.append(argument)
-        command = plan if argv[0] == "plan" else speed
+            elif value.replace(".", "", 1).isdigit():
+                own = {**own, key: float(value)}
+            else:
+                raise ValueError(f"found {argument}, expected {key}= and a number")
         return command(common.load_config(rest), **own)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("experiment", choices=[*EXPERIMENTS, "plan", "speed"])
+    add("experiment", choices=[*EXPERIMENTS, *KEYED])
     add("--run", default="runs/tiny", help="the run folder")
     add("--count", type=int, help="prompts or clips")
     add("--seed", type=int, default=0, help="of the first clip's noise")

@@ -10,7 +10,6 @@ appearance and motion latents (B, 2C, T, H, W); t flow-matching time, 0 noise, 1
 """
 import argparse
 import json
-import math
 import pathlib
 import re
 import types

@@ -307,7 +307,7 @@ def train_dit(config, stage, latents, device):
     run, motion = pathlib.Path(config.run), stage == "videojam"
     recipe = config.base if stage == "base" else config.videojam
     net = common.build_nets(config, device, motion)
-    tae_id = common.identity(run / "tae.pt")
+    tae_id = common.broadcast(lambda: common.identity(run / "tae.pt"))
     parent_id = tae_id
     first = 0
     if stage != "base":         # sec. 4.2: the base, but for the new motion layers; all are trained
@@ -317,7 +317,7 @@ def train_dit(config, stage, latents, device):
             raise ValueError(f"{run}/base.pt was trained on another tae.pt than the one beside "
                              "it: delete base.* and train it again")
         common.load_into(net, saved["weights"], run / "base.pt", new)
-        parent_id = common.identity(run / "base.pt")
+        parent_id = common.broadcast(lambda: common.identity(run / "base.pt"))
         first = saved["step"]
 
     def loss_of(step, rows):
@@ -409,7 +409,7 @@ def main(arguments):
         if not config.data.root:
             import probe                        # here, because probe.py imports this file
             probe.main(["report", "--run", config.run, "--device", config.device])
-        prompt = clips.prompts()[0]
+        prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
         print(f'Next: python sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
     print0(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")
 

@@ -264,7 +264,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     status, out, err = command("train.py", "base.stesp=5", f"run={tmp_path / 'run'}")
     assert (status, out) == (1, "")
     assert err == ("train.py: found 'base.stesp=5', expected key=value: "
-                   "did you mean base.steps=...?\n")
+                   "did you mean base.steps=...? --help prints all keys\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -285,7 +285,9 @@ BAD_KEYS = """hieght=16: did you mean height
     tae.widths=[8,16]: widths
     batch=0: 1 or more
     base.steps=-1: 0 or more
-    base.lr=NaN: 0 or more
+    base.lr=NaN: a finite number
+    t_mean=Infinity: a finite number
+    tae.widths=[0,8,16]: 1 or more
     drop_text=1.5: at most 1
     sample.steps=21: 2 to emulated
     device=abacus: device=abacus
@@ -329,9 +331,10 @@ def test_a_missing_stage_below(refused, run, gone, stage):
 
 
 def test_a_damaged_config(refused, run):
-    (run / "config.json").write_text('{"preset": "ti')
-    refused("config.json is no config", "train.py", f"run={run}")
-    refused("config.json is no config", "sample.py", RED, "--run", run)
+    for text in ('{"preset": "ti', "null"):
+        (run / "config.json").write_text(text)
+        refused("config.json is no config", "train.py", f"run={run}")
+        refused("config.json is no config", "sample.py", RED, "--run", run)
 
 
 @pytest.mark.parametrize("words, arguments", [

@@ -94,7 +94,7 @@ def flow_of_point(spec, p, i, j):
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_flow_of_every_pixel_is_that_of_the_poses(motion):
-    """From any frame to any other against `flow_of_point`; rendering gives the same."""
+    """From any frame to any other against `flow_of_point`; clips have the same."""
     shape = SHAPES[list(MOTIONS).index(motion) % 4]
     spec = make(motion, 3, frames=8, height=18, width=24, shape=shape)
     ours = data.flow_between([spec], [7, 1, 6], [8, 6, 2], 18, 24)[0]   # (2, n, H, W)
@@ -103,7 +103,8 @@ def test_flow_of_every_pixel_is_that_of_the_poses(motion):
                   for y in range(18) for x in range(24)]
         assert np.isnan(errors).mean() < 0.2
         assert np.nanmax(errors) < 1e-4                                 # float32 at 24 px
-    assert torch.equal(ours[:, 0], render([spec], 8, 18, 24)[1][0, :, 7])
+    clip = data.MovingShapes(8, 18, 24).clips([spec], [""], "cpu")
+    assert torch.equal(ours[:, 0], clip["flow"][0, :, 7])
 
 
 @pytest.mark.parametrize("motion", [motion for motion in MOTIONS if motion != "still"])

@@ -319,7 +319,7 @@ def test_bad_input(run, tmp_path):
     """No stage at all, a folder of videos, an unknown experiment, no number: one line each."""
     status, out, err = command("probe.py", "permute", "--run", tmp_path)
     assert status == 1 and "has none of base, control, videojam" in err
-    with pytest.raises(ValueError, match="many"):
+    with pytest.raises(ValueError, match="found gpus=many, expected gpus= and a number"):
         probe.main(["plan", "gpus=many"])
     with pytest.raises(SystemExit):
         probe.main(["permeate"])
