@@ -504,7 +504,7 @@ class Checkpoint:
                 self.tensors[f"{kind}.{name}"] = tensor
 
     def steps(self):
-        """Of those that are there, newest first."""
+        """The steps of the checkpoints that are there, newest first."""
         names = [path.name[5:] for path in self.folder.glob("step-*")]
         found = [int(name) for name in names if name.isdigit()]
         return sorted(found, reverse=True)
