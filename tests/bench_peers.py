@@ -209,24 +209,8 @@ def guidance(a):
     print_row("Inner-Guidance, beside text guidance", "at most 1.28x", **took)
 
 
-def codec(a, frames):
-    config = common.load_config(["preset=small", "run=runs/none"])
-    net = common.build_tae(config).to(a.device).requires_grad_(False)
-    video = torch.rand(1, 3, int(frames), 256, 256, device=a.device)
-    return {"codec": lambda: net.decode(net.encode(video), int(frames))}
-
-
-def tiles(a):
-    """Memory of the TAE of `small`. Only the clip and its copy may grow, by 1.6 MB a frame."""
-    if a.only:
-        return print_memory(a, codec)
-    for frames in ("32", "64", "128"):
-        memory = memory_apart(a, "tiles", frames)
-        print(f"| TAE, {frames} frames of 256x256 | {memory:,.0f} MB | | | the same |", flush=True)
-
-
 def main():
-    cases = dict(dit=dit, tae=tae, raft=raft, guidance=guidance, tiles=tiles)
+    cases = dict(dit=dit, tae=tae, raft=raft, guidance=guidance)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=cases, metavar="case", help=" ".join(cases))
     parser.add_argument("--torchvision", default="wheel/torchvision", help="its folder")

@@ -429,14 +429,6 @@ def test_latents(tmp_path, clips, cache, count, kept):
         assert captions[row] == clip["caption"]
 
 
-def test_chunks_cover_the_clips_in_order(tmp_path):
-    """At most 32 clips and 2^23 pixels at once, or one clip."""
-    for side, most in ((16, 32), (1024, 2), (4096, 1)):
-        chunks = data.chunks(3, 103, settings(tmp_path, f"height={side}", f"width={side}"))
-        assert [n for chunk in chunks for n in chunk] == list(range(3, 103))
-        assert max(len(chunk) for chunk in chunks) == most
-
-
 def test_open_data_follows_the_config(tmp_path):
     """Size, seed, split and knobs of the world."""
     config = settings(tmp_path, "world.texture=0.5", "world.size=0.7", "world.basic=0.2")
