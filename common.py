@@ -442,6 +442,15 @@ def read_weights(path):
     return saved
 
 
+def read_stage(run, stage):
+    """`read_weights` of a stage of the DiT; ValueError if another TAE made its latents."""
+    saved = read_weights(run / f"{stage}.pt")
+    if saved["tae"] != identity(run / "tae.pt"):
+        raise ValueError(f"{run}/{stage}.pt was trained on another tae.pt than the one beside it: "
+                         f"delete {stage}.* and train it again")
+    return saved
+
+
 def load_into(net, weights, path, new=()):
     """Fill a net, sharded or not; names in `new` keep what they have. ValueError names a misfit."""
     own = {name: w for name, w in net.state_dict().items() if name not in new}
@@ -471,10 +480,7 @@ def load_run(run, stage="videojam", device=""):
     config = load_config([f"run={run}"])
     device = find_device(device or config.device)
     tae = load_tae(config, device)
-    saved = read_weights(run / f"{stage}.pt")
-    if saved["tae"] != identity(run / "tae.pt"):
-        raise ValueError(f"{run}/{stage}.pt was trained on another tae.pt than the one beside it: "
-                         f"delete it and train the {stage} again")
+    saved = read_stage(run, stage)
     motion = stage == "videojam"
     with torch.device("meta"):
         net = nn.ModuleDict(dict(text=build_text(config), dit=build_dit(config, motion)))

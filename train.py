@@ -311,11 +311,8 @@ def train_dit(config, stage, latents, device):
     parent_id = tae_id
     first = 0
     if stage != "base":         # sec. 4.2: the base, but for the new motion layers; all are trained
-        saved = common.read_weights(run / "base.pt")
+        saved = common.read_stage(run, "base")
         new = ("dit.motion_in.weight", "dit.motion_out.weight")
-        if saved["tae"] != tae_id:
-            raise ValueError(f"{run}/base.pt was trained on another tae.pt than the one beside "
-                             "it: delete base.* and train it again")
         common.load_into(net, saved["weights"], run / "base.pt", new)
         parent_id = common.broadcast(lambda: common.identity(run / "base.pt"))
         first = saved["step"]

@@ -525,6 +525,16 @@ def test_a_stage_of_another_parent(fresh, capsys):
     assert "parameters, step 0 to 3" in capsys.readouterr().out
 
 
+def test_a_base_of_another_tae_is_refused(fresh):
+    """Its latents would mean something else. Here one number of the TAE has changed."""
+    run = fresh("other", "tae", "base")
+    saved = torch.load(run / "tae.pt", weights_only=True)
+    saved["weights"]["statistics"][0, 0, 0] += 1
+    common.save(run / "tae.pt", saved)
+    with pytest.raises(ValueError, match="base.pt was trained on another tae.pt .* delete base"):
+        go(run, "stages=videojam")
+
+
 def test_importing_does_no_work():
     """Nothing is printed, no file made, no random number drawn, no process group joined."""
     code = ("import os, torch\n"
