@@ -307,12 +307,13 @@ def crossing(space):
     return [named, other]
 
 def orbiting(space):
+    """Around a partner at rest, at constant speed."""
     radius = min(1.1 * space.radii.sum() + 1, space.room.min() / 2)
     sweep = min(2 * math.pi, space.top_speed * space.steps / radius)    # of the whole clip
     rate = space.turn * space.pace * sweep / space.steps
     angle = space.rng.uniform(0, 2 * math.pi) + rate * space.t
-    circle = np.hstack([np.cos(angle), np.sin(angle)])                  # (T+1, 2)
-    return [radius * circle, 0 * circle]
+    around = np.hstack([np.cos(angle), np.sin(angle)])                  # (T+1, 2)
+    return [radius * around, 0 * around]
 
 def falling(space):
     """From rest: y = g t^2 / 2."""

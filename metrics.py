@@ -178,8 +178,9 @@ def rules(o):
     if o.partner is not None:
         does["crossing"] = crosses(o)
         does["colliding"] = collides(o)
-        does["orbiting clockwise"] = orbit(o) > 35
-        does["orbiting counter-clockwise"] = orbit(o) < -35
+        advance = orbit(o)                              # in degrees, clockwise positive
+        does["orbiting clockwise"] = advance > 35
+        does["orbiting counter-clockwise"] = advance < -35
     return does
 
 
@@ -231,8 +232,9 @@ def zigzags(o):
 
 def drifts(x):
     """It goes on to one side, at an even pace."""
-    sizes = abs(legs(x))
-    one_way = abs(legs(x).sum()) > 0.999 * sizes.sum()
+    gains = legs(x)
+    sizes = abs(gains)
+    one_way = abs(gains.sum()) > 0.999 * sizes.sum()
     return one_way and sizes.min() > 0.6 * sizes.max()
 
 

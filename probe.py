@@ -356,7 +356,8 @@ def print_ablation(prompts, rows):
         parts = [summary([its[i] for i in members], "motion") for members in groups.values()]
         by_group.append([name, *(cell(part, "motion") for part in parts)])
     print_table("all clips [95 % interval]", ["", *METRICS], whole)
-    print_table("VideoJAM less each, clip by clip (shares in points)", ["", *METRICS], less)
+    if best:
+        print_table("VideoJAM less each, clip by clip (shares in points)", ["", *METRICS], less)
     print_table("motion right, by kind and by size of the object", ["", *groups], by_group)
 
 

@@ -57,6 +57,8 @@ class VideoFolder:
         self.flow_dir = flow_dir        # where estimated flow is kept
         self.raft = raft
         self.kept = {}                  # {index: decoded window}
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"found no folder at {root}: correct data.root")
         names = sorted(path.name for path in self.root.iterdir() if path.suffix.lower() in ENDINGS)
         self.captions = read_captions(self.root, names)
         self.windows = self.find_windows(names)         # [(name, first frame)]

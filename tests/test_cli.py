@@ -155,6 +155,9 @@ def test_vbench_layout(script, run, tmp_path):
 
 @pytest.mark.parametrize("text, prompts", [
     ("a cat\n\n  a dog \n", ["a cat", "a dog"]),
+    ("12. a cat\n13. a dog\n", ["a cat", "a dog"]),
+    ("1. 1. a cat\n2. 2. a dog", ["a cat", "a dog"]),
+    ("“a cat”\n\n“a dog”", ["a cat", "a dog"]),
     ("12.\na cat\n\n13.\na dog", ["a cat", "a dog"]),
     ("12. 12.\na cat\n13. 13.\na dog", ["a cat", "a dog"]),
     ('9. "a cat"\n10. "a dog"\n', ["a cat", "a dog"]),
@@ -284,7 +287,10 @@ BAD_KEYS = """hieght=16: did you mean height
     tae.tile=12: a multiple of 8
     tae.widths=[8,16]: widths
     batch=0: 1 or more
+    dit.heads=0: 1 or more
+    frames=many: frames=many
     base.steps=-1: 0 or more
+    base.lr=-1: 0 or more
     base.lr=NaN: a finite number
     t_mean=Infinity: a finite number
     tae.widths=[0,8,16]: 1 or more

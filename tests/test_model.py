@@ -453,3 +453,26 @@ def test_decoded_tiles_are_blended_linearly(T):
     number = (frame // 16 - 1 + frame % 16 / 15).clamp(0, math.ceil((T - 8) / 4))
     close(tae.decode(z, 4 * T), z[:, :3].repeat_interleave(4, dim=2) + number)
     assert max(calls) == 8
+
+
+def test_tiles_agree_with_the_whole_clip():
+    """Reference: the same net with one tile. Far from the ends of its tiles, further than the
+    convolutions see (8 at the lowest resolution and 3 above: 9 latents), nothing differs. The
+    attention over time, which sees a whole tile, is left at zero, as in a fresh net."""
+    torch.manual_seed(0)
+    tae = model.TAE(4, (8, 8, 16), (0, 0), 4, 4, tile=320)
+    for module in tae.modules():
+        if isinstance(module, model.Conv):
+            perturb(module)
+    tae.requires_grad_(False)
+    video = random_video(320, 8, 8)
+    whole = tae.encode(video)
+    decoded = tae.decode(whole, 320)
+    tae.tile = 160
+    gap = (tae.encode(video) - whole).abs().amax(dim=(0, 1, 3, 4)) / whole.abs().max()
+    assert gap[:31].max() < 1e-5 and gap[49:].max() < 1e-5      # the tiles meet at latent 40
+    assert gap[38:42].max() > 1e-4
+    gap = (tae.decode(whole, 320) - decoded).abs().amax(dim=(0, 1, 3, 4)) / decoded.abs().max()
+    gap = gap.view(80, 4).amax(dim=1)                           # tiles begin at latents 0, 20, 40
+    assert max(gap[:20].max(), gap[29:31].max(), gap[49:51].max(), gap[60:].max()) < 1e-5
+    assert gap.max() > 1e-4

@@ -358,9 +358,9 @@ def test_when_all_are_torn(run, straight):
 @pytest.mark.parametrize("holder, name, words, left", [
     (common.Checkpoint, "save", "step-3 could not be written", 2),
     (common, "save_weights", "base.pt could not be written", 40)])
-def test_a_full_disk(run, monkeypatch, holder, name, words, left):
-    """One line, and the last checkpoint stays. The kernel's limit on the size of a file
-    (RLIMIT_FSIZE) is the full disk."""
+def test_a_full_disk(run, straight, monkeypatch, holder, name, words, left):
+    """One line, and what was there goes on once there is room. The kernel's limit on the size of
+    a file (RLIMIT_FSIZE) is the full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = getattr(holder, name)
 
@@ -377,6 +377,8 @@ def test_a_full_disk(run, monkeypatch, holder, name, words, left):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "is the disk full?" in str(error.value) and "\n" not in str(error.value)
     assert newest(run) == left and not list(run.glob("base.pt*"))
+    train.main([*TINY, *FORTY_AT_ONCE, f"run={run}"])
+    assert_same_end(run, straight)
 
 
 # ---- Latents in files ---------------------------------------------------------------------------

@@ -512,7 +512,7 @@ def test_a_gradient_that_is_not_finite_stops_and_spoils_nothing(fresh, monkeypat
 
 def test_a_stage_of_another_parent(fresh, capsys):
     """Finished weights may not stand on a base that was trained anew since; a state of the old base
-    is not gone on from. Reference: the step at which the stage starts."""
+    is named, and not gone on from. Reference: the step at which the stage starts."""
     run = fresh("parent", "tae", "base")
     go(run, "stages=videojam")
     (run / "base.pt").unlink()
@@ -522,7 +522,8 @@ def test_a_stage_of_another_parent(fresh, capsys):
     (run / "videojam.pt").unlink()
     capsys.readouterr()
     go(run, "stages=videojam", "videojam.steps=3")
-    assert "parameters, step 0 to 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "parameters, step 0 to 3" in out and "left by a training from other weights" in out
 
 
 def test_a_base_of_another_tae_is_refused(fresh):

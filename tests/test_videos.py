@@ -116,6 +116,15 @@ def test_picture_covers_the_crop_and_keeps_its_shape(tmp_path, height, width, sa
     assert white[9:23, 9:23].all() and white.sum() <= 18 * 18
 
 
+def test_one_of_several_streams_is_read(tmp_path):
+    """Of two video streams and a sound track, ffmpeg takes the larger picture: the ramp."""
+    small = write(tmp_path / "parts" / "small.avi", [np.full((32, 32, 3), 255, np.uint8)] * 24)
+    large = write(tmp_path / "parts" / "large.avi", ramp(24, 64, 64))
+    run_ffmpeg("-i", small, "-i", large, "-f", "lavfi", "-i", "sine=d=2", "-map", 0, "-map", 1,
+               "-map", 2, "-disposition:v", "default", tmp_path / "a.mp4")
+    assert which(folder(tmp_path, frames=24)[0]["video"]) == pytest.approx(range(24), abs=0.7)
+
+
 @pytest.mark.parametrize("late", [0, 0.4])
 def test_sound_may_begin_earlier_or_end_later(tmp_path, late):
     """0.4 s of sound without picture: not taken for a cut file, and no frame is doubled."""
@@ -127,10 +136,11 @@ def test_sound_may_begin_earlier_or_end_later(tmp_path, late):
 
 
 def test_folders_that_are_none(tmp_path):
-    """No folder; a folder without videos."""
+    """One line each for no folder, a file, a folder without videos."""
     (tmp_path / "notes.doc").write_text("hello")
-    with pytest.raises(FileNotFoundError, match="missing"):
-        folder(tmp_path / "missing")
+    for name in ("missing", "notes.doc"):
+        with pytest.raises(FileNotFoundError, match=f"no folder at .*{name}.*data.root"):
+            folder(tmp_path / name)
     with pytest.raises(ValueError, match="found 0 videos .*mp4"):
         folder(tmp_path)
 
