@@ -2,17 +2,22 @@
 
     load_config, build_*            config.yaml and the command line -> a config -> the networks
     start, stop, broadcast          one process, or many under torchrun (FSDP2)
+    read_ahead, to_device, ask_all  so that neither the GPU nor Python waits for the other
     save_weights, load_run          the weights of a finished stage, one plain file
     Checkpoint, Log                 the state of an unfinished stage, and its lines in log.jsonl
     write_video, write_sheet        mp4, gif and png
 """
+import collections
+import concurrent.futures
 import contextlib
+import datetime
 import difflib
 import hashlib
 import json
 import math
 import os
 import pathlib
+import pickle
 import shutil
 import signal
 import sys
@@ -44,8 +49,10 @@ STAGES = ("tae", "base", "control", "videojam")
 # Config: config.yaml has every key with its default, then what the presets change.
 
 # A run folder keeps its config. These keys may change later; all others decide what it holds.
-MAY_CHANGE = """run stages device micro_batch checkpointing compile tae.steps tae.lr base.steps
-    base.lr videojam.steps videojam.lr text.lr log_every save_every sample_every""".split()
+MAY_CHANGE = """run stages device micro_batch tae.micro_batch checkpointing compile tae.steps tae.lr
+    base.steps base.lr videojam.steps videojam.lr text.lr clip log_every save_every save_minutes
+    sample_every""".split()
+NOT_KEPT = {"stages", "device"}         # a run takes these anew each time
 
 
 class Config(dict):
@@ -99,12 +106,18 @@ def read_pair(argument, defaults):
     return key, value
 
 
-def load_config(arguments=()):
-    """["preset=4b", "dit.depth=3"] -> the resolved, checked Config; ValueError in one line.
-    A run folder that exists knows its config: keys given again must agree, or be in MAY_CHANGE."""
+def read_arguments(arguments):
+    """["dit.depth=3"] -> what they give, the defaults (both flat), the presets of config.yaml."""
     document = yaml.safe_load(pathlib.Path(__file__).with_name("config.yaml").read_text())
     flat = flatten(document["default"])
     given = dict(read_pair(argument, flat) for argument in arguments)
+    return given, flat, document["presets"]
+
+
+def load_config(arguments=()):
+    """["preset=4b", "dit.depth=3"] -> the resolved, checked Config; ValueError in one line.
+    A run folder that exists knows its config: keys given again must agree, or be in MAY_CHANGE."""
+    given, flat, presets = read_arguments(arguments)
     run = given.get("run") or f"runs/{given.get('preset', flat['preset'])}"
     path = pathlib.Path(run, "config.json")
     try:
@@ -112,10 +125,10 @@ def load_config(arguments=()):
     except (ValueError, AttributeError):
         raise ValueError(f"{path} is no config of train.py: repair or delete it") from None
     preset = given.get("preset", stored.get("preset", flat["preset"]))
-    if preset not in document["presets"]:
-        raise ValueError(f"preset={preset}: expected one of {', '.join(document['presets'])}")
-    flat.update(flatten(document["presets"][preset]))
-    flat.update({key: stored[key] for key in flat.keys() & (stored.keys() - {"stages"})})
+    if preset not in presets:
+        raise ValueError(f"preset={preset}: expected one of {', '.join(presets)}")
+    flat.update(flatten(presets[preset]))
+    flat.update({key: stored[key] for key in flat.keys() & (stored.keys() - NOT_KEPT)})
     for key, value in given.items():
         if key not in MAY_CHANGE and key in stored and stored[key] != value:
             raise ValueError(f"{run} was made with {key}={stored[key]}, found {key}={value}: "
@@ -125,8 +138,8 @@ def load_config(arguments=()):
     return nest(flat)
 
 
-MAY_BE_ZERO = """seed micro_batch data.cache tae.steps base.steps videojam.steps text.depth warmup
-    sample_every""".split()
+MAY_BE_ZERO = """seed micro_batch tae.micro_batch data.cache tae.steps base.steps videojam.steps
+    text.depth warmup sample_every""".split()
 
 
 def check(flat):
@@ -168,6 +181,15 @@ def latent_size(config):
     return tae.channels, frames, config.height // tae.spatial, config.width // tae.spatial
 
 
+PIXELS_AT_ONCE = 2 ** 21        # one clip of 32 x 256 x 256
+
+
+def clips_at_once(config):
+    """How many clips fit where nothing is trained: one by one at the paper's size."""
+    pixels = min(config.frames, config.tae.tile) * config.height * config.width
+    return max(1, min(32, PIXELS_AT_ONCE // pixels))
+
+
 def build_tae(config):
     tae = config.tae
     return TAE(tae.channels, tae.widths, tae.blocks, tae.spatial, tae.temporal, tae.tile)
@@ -194,9 +216,18 @@ def print0(text):
         tqdm.write(text)
 
 
+PATIENT = None          # the group of all ranks that waits for hours; `start` makes it
+
+
+def together():
+    """Are there other ranks to talk to? Not alone, and not after `stop`."""
+    return dist.is_initialized()
+
+
 def barrier():
-    if WORLD > 1:
-        dist.barrier()
+    """Wait for all ranks, also while rank 0 writes a hundred GB."""
+    if together():
+        dist.barrier(PATIENT)
 
 
 def broadcast(work):
@@ -208,11 +239,23 @@ def broadcast(work):
             box[0] = work()
         except (ValueError, OSError) as error:
             box[1] = error
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
+    if together():
+        dist.broadcast_object_list(box, group=PATIENT)
     if box[1] is not None:
-        raise box[1]
+        raise box[1] if RANK == 0 else SystemExit(1)        # one line is enough
     return box[0]
+
+
+def patiently(work):
+    """work(), tried again for a minute while there are several ranks: for so long NFS may hide a
+    file that another machine wrote. OSError after that."""
+    for seconds in (5, 15, 40) if together() else ():
+        try:
+            return work()
+        except OSError as error:
+            print(f"rank {RANK}: {error}; trying again in {seconds} s")
+            time.sleep(seconds)
+    return work()
 
 
 def find_device(name=""):
@@ -228,25 +271,38 @@ def find_device(name=""):
     return torch.device(name)
 
 
-def start(config):
-    """Join the other ranks -> this rank's device."""
+def start(name=""):
+    """Join the other ranks -> this rank's device, chosen as `find_device` does."""
+    global PATIENT
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, of a single process
-    device = find_device(config.device)
+    device = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        # cuDNN's attention gives NaN gradients for some lengths (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD > 1:
-        if device.type == "cpu" and torch.__version__ < (2, 9):
-            raise ValueError(f"found torch {torch.__version__}, expected 2.9 for several ranks on "
-                             "CPUs: before, gloo sums where FSDP asks for the mean")
+        least = "2.8" if device.type == "cuda" else "2.9"
+        if torch.__version__ < least:
+            raise ValueError(f"found torch {torch.__version__}, expected {least} for several ranks:"
+                             " older ones keep averaged weights, or sum gradients on CPUs")
+        # A rank that waits for ten minutes gives up, unless one of them writes or encodes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        PATIENT = dist.new_group(timeout=datetime.timedelta(hours=6))
     return device
+
+
+def start_from(arguments):
+    """`start`, then the config as rank 0 reads it -> config, device."""
+    given, flat, _ = read_arguments(arguments)
+    device = start(given.get("device", flat["device"]))
+    return broadcast(lambda: load_config(arguments)), device
 
 
 def stop():
     """Leave the other ranks. gloo aborts where one is gone before the others, hence the barrier."""
-    if WORLD > 1:
-        dist.barrier()
+    if together():
+        barrier()
         dist.destroy_process_group()
 
 
@@ -259,37 +315,100 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
 
 
-def build_nets(config, device, motion=False):
-    """Text encoder and DiT with their first weights, over several ranks sharded (FSDP2, ZeRO-3).
+def compiles(config, device):
+    """Are the DiT's blocks compiled? auto: on CUDA, where a compiler and torch allow it."""
+    if config.compile != "auto" or device.type != "cuda":
+        return config.compile == "always"
+    why_not = None
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        why_not = "found no C compiler: install gcc"
+    elif config.checkpointing and torch.__version__ < "2.12":
+        why_not = f"torch {torch.__version__} forgets checkpointing there, expected 2.12"
+    if why_not:
+        print0(f"compile=auto: not compiled, slower ({why_not})")
+    return not why_not
+
+
+def build_nets(config, device, motion=False, training=True):
+    """Text encoder and DiT without values, over several ranks sharded (FSDP2, ZeRO-3).
 
     A block's weights are gathered when its turn comes, in bf16 where the config says so;
     gradients are averaged over the ranks in fp32. Alone the same lines build the nets whole."""
     with torch.device("meta"):          # sizes without memory: no GPU ever holds a large net whole
         net = nn.ModuleDict(dict(text=build_text(config), dit=build_dit(config, motion)))
-    if config.compile == "always" or config.compile == "auto" and device.type == "cuda":
+    if training and compiles(config, device):
         for block in net.dit.blocks:
             block.compile()
-    if WORLD > 1:
+    dtype = torch.bfloat16 if uses_bf16(config, device) else None
+    if together():
         mesh = dist.init_device_mesh(device.type, (WORLD,))
-        dtype = torch.bfloat16 if uses_bf16(config, device) else None
         # Inputs are not cast: bf16 has too few digits for t. Autocast casts what may be.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for module in [*net.dit.blocks, net.text, net.dit]:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for part in net.values():
-        part.to_empty(device=device)
-        part.init()
-    return net
+    elif not training:                  # what autocast would compute with, in half the memory
+        net.to(dtype)
+    return net.to_empty(device=device)
 
 
 def average_and_limit_gradients(net, limit):
     """Average them over the ranks, then scale them down to that norm -> the norm they had."""
-    for p in net.parameters():
-        if WORLD > 1 and not isinstance(p, DTensor):    # FSDP averages by itself; the TAE is whole
-            dist.all_reduce(p.grad)
-            p.grad /= WORLD
+    own = [p.grad for p in net.parameters() if not isinstance(p, DTensor)]
+    if own and together():              # FSDP averages by itself; the TAE is whole on every rank
+        flat = torch.cat([grad.flatten() for grad in own])
+        dist.all_reduce(flat)
+        means = (flat / WORLD).split([grad.numel() for grad in own])
+        for grad, mean in zip(own, means):
+            grad.copy_(mean.view(grad.shape))
     norm = nn.utils.clip_grad_norm_(net.parameters(), limit)
-    return norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def to_device(tensor, device):
+    """A tensor of the CPU, on its way to the device: Python does not wait for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def read_ahead(read, steps, depth):
+    """Yield read(step) for each step, made by a thread up to `depth` steps before it is needed."""
+    if not depth:
+        yield from map(read, steps)
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque()
+        for step in steps:
+            waiting.append(pool.submit(read, step))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def ask_all(bad_steps, *flags):
+    """The largest of all ranks, of a number on the GPU and of some flags -> a function that returns
+    the list. Called a step later it finds them there: asked at once, Python would wait."""
+    numbers = torch.stack([bad_steps, *(bad_steps.new_zeros(()) + flag for flag in flags)])
+    if together():
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    copy = numbers.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if numbers.is_cuda else None
+    if copied:
+        copied.record()
+
+    def answers():
+        if copied:
+            copied.synchronize()
+        return copy.tolist()
+
+    return answers
+
+
+def progress(work, name, **more):
+    """tqdm's bar on rank 0: redrawn twice a second, in a file twice a minute."""
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(work, name, mininterval=seconds, maxinterval=seconds, disable=RANK > 0, **more)
 
 
 def generator(*key):
@@ -311,14 +430,6 @@ def catch_sigterm():
         yield caught
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def on_any_rank(caught, device):
-    """Has one of the ranks caught something? All must leave after the same step."""
-    count = torch.tensor(len(caught), device=device)
-    if WORLD > 1:
-        dist.all_reduce(count)
-    return count.item() > 0
 
 
 def command_line(main, doc, keys=False):
@@ -377,7 +488,7 @@ class Log:
         """Append the line of the steps since the last one -> its numbers."""
         line = dict(stage=self.stage, step=step)
         for name, pair in self.sums.items():
-            if WORLD > 1:
+            if together():
                 dist.all_reduce(pair)
             mean = pair[0] / pair[1]                    # nan where nothing was counted
             line[name] = mean.cpu().double().numpy().round(5).tolist()
@@ -424,14 +535,15 @@ def identity(path):
     return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
-def read_weights(path):
-    """A finished stage's file -> its dict; FileNotFoundError or ValueError, one line."""
+def read_weights(path, check=True):
+    """A finished stage's file -> its dict; FileNotFoundError or ValueError, one line.
+    check=False trusts the checksums, where only the step and the parent are wanted."""
     path = pathlib.Path(path)
     advice = f"python train.py run={path.parent} stages={path.stem}"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; train it: {advice}")
     try:
-        damaged = zipfile.ZipFile(path).testzip()       # torch.load does not look at checksums
+        damaged = check and zipfile.ZipFile(path).testzip()     # torch.load does not look at them
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
@@ -443,16 +555,27 @@ def read_weights(path):
 
 
 def read_stage(run, stage):
-    """`read_weights` of a stage of the DiT; ValueError if another TAE made its latents."""
-    saved = read_weights(run / f"{stage}.pt")
-    if saved["tae"] != identity(run / "tae.pt"):
-        raise ValueError(f"{run}/{stage}.pt was trained on another tae.pt than the one beside it: "
-                         f"delete {stage}.* and train it again")
-    return saved
+    """A finished stage's dict, on every rank. Rank 0 reads and checks the file; the others get its
+    tensors without values, and `load_into` fills them. ValueError if another TAE made its latents.
+    """
+    path = pathlib.Path(run, f"{stage}.pt")
+    whole = {}
+
+    def read():
+        whole.update(read_weights(path))
+        if stage != "tae" and whole["tae"] != identity(path.with_name("tae.pt")):
+            raise ValueError(f"{path} was trained on another tae.pt than the one beside it: "
+                             f"delete {stage}.* and train it again")
+        empty = {name: w.to("meta") for name, w in whole["weights"].items()}
+        return dict(whole, weights=empty)
+
+    saved = broadcast(read)
+    return whole if RANK == 0 else saved
 
 
 def load_into(net, weights, path, new=()):
-    """Fill a net, sharded or not; names in `new` keep what they have. ValueError names a misfit."""
+    """Fill a net, sharded or not, on all ranks with the weights of rank 0; names in `new` keep what
+    they have. ValueError names a misfit."""
     own = {name: w for name, w in net.state_dict().items() if name not in new}
     for name in [*own, *weights]:
         found, expected = [tuple(w[name].shape) if name in w else None for w in (weights, own)]
@@ -460,32 +583,39 @@ def load_into(net, weights, path, new=()):
             raise ValueError(f"{path}: {name}: found {found}, expected {expected}; "
                              "the file was made with another config or version")
     for name, w in own.items():
-        put_whole(w, weights[name])
+        whole = weights[name]
+        whole = torch.empty_like(whole, device=w.device) if whole.is_meta else whole.to(w.device)
+        whole = whole.contiguous()
+        if together() and not isinstance(w, DTensor):       # whose parts rank 0 hands out itself
+            dist.broadcast(whole, 0)
+        put_whole(w, whole)
     return net
 
 
 def load_tae(config, device):
     """The run's trained TAE, for use."""
-    path = pathlib.Path(config.run, "tae.pt")
-    tae = load_into(build_tae(config), read_weights(path)["weights"], path)
-    return tae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    saved = read_stage(config.run, "tae")
+    tae = build_tae(config).to(device, memory_format=torch.channels_last)
+    load_into(tae, saved["weights"], f"{config.run}/tae.pt")
+    return tae.eval().requires_grad_(False)
 
 
 def load_run(run, stage="videojam", device=""):
-    """All that sampling needs, with averaged weights; motion: does this stage predict d?
-    FileNotFoundError or ValueError, one line each."""
-    run = pathlib.Path(run)
-    if not (run / "config.json").exists():
-        raise FileNotFoundError(f"{run} is no run folder; train first: python train.py run={run}")
-    config = load_config([f"run={run}"])
-    device = find_device(device or config.device)
+    """All that sampling needs, with averaged weights, over several ranks sharded; motion: does this
+    stage predict d? FileNotFoundError or ValueError, one line each."""
+    def read():
+        if not pathlib.Path(run, "config.json").exists():
+            raise FileNotFoundError(
+                f"{run} is no run folder; train first: python train.py run={run}")
+        return load_config([f"run={run}"])
+
+    config = broadcast(read)
+    device = find_device(device)
     tae = load_tae(config, device)
     saved = read_stage(run, stage)
     motion = stage == "videojam"
-    with torch.device("meta"):
-        net = nn.ModuleDict(dict(text=build_text(config), dit=build_dit(config, motion)))
-    net = load_into(net.to_empty(device=device), saved["weights"], run / f"{stage}.pt")
-    net.eval().requires_grad_(False)
+    net = build_nets(config, device, motion, training=False)
+    load_into(net, saved["weights"], f"{run}/{stage}.pt").eval().requires_grad_(False)
     return types.SimpleNamespace(config=config, tae=tae, text=net.text, dit=net.dit,
                                  motion=motion, device=device)
 
@@ -515,41 +645,74 @@ class Checkpoint:
         found = [int(name) for name in names if name.isdigit()]
         return sorted(found, reverse=True)
 
-    def load(self):
-        """Fill everything from the newest one that can be read -> its step; 0 if there is none."""
-        steps = broadcast(self.steps)
+    def newest(self):
+        """The step of the newest whole one, 0 if there is none; ValueError if none is whole."""
         others = [path for path in self.folder.parent.glob("*") if path != self.folder]
         if others:
             print0(f"{', '.join(map(str, others))}: left by a training from other weights, delete "
                    "it if you do not need it")
+        steps = self.steps()
         for step in steps:
-            try:
-                dcp.load(self.tensors, checkpoint_id=self.folder / f"step-{step}")
+            if is_whole(self.folder / f"step-{step}"):
                 return step
-            except dcp.CheckpointException as error:        # of all ranks, with tracebacks
-                reason = str(error).splitlines()[-1]
-                print0(f"{self.folder}/step-{step} is torn ({reason}), trying the one before")
+            print0(f"{self.folder}/step-{step} is torn, trying the one before")
         if steps:
             raise ValueError(f"{self.folder} has no whole checkpoint: delete it to start again")
         return 0
+
+    def load(self):
+        """Fill everything from the newest whole one, all ranks from the same -> its step."""
+        step = broadcast(self.newest)
+        path = self.folder / f"step-{step}"
+
+        def read():
+            try:
+                dcp.load(self.tensors, checkpoint_id=path, process_group=PATIENT)
+            except dcp.CheckpointException as error:        # raised by all ranks if one cannot read
+                reason = str(error).splitlines()[-1]
+                raise OSError(f"{path} could not be read ({reason}): repair it, or delete it to go "
+                              "on from the one before") from None
+
+        if step:
+            patiently(read)
+        return step
 
     def save(self, step):
         """Write step-N, keep the one before it; OSError leaves the older ones as they are."""
         path = self.folder / f"step-{step}"
         writing = self.folder / "writing"
+        reason = None
         broadcast(lambda: shutil.rmtree(writing, ignore_errors=True))   # what a kill has left
         try:
-            dcp.save(self.tensors, checkpoint_id=writing)
+            dcp.save(self.tensors, checkpoint_id=writing, process_group=PATIENT)
         except dcp.CheckpointException as error:
             reason = str(error).splitlines()[-1]
-            raise OSError(f"{path} could not be written ({reason}): is the disk full?") from None
-        if RANK == 0:
+
+        def keep():
+            if reason or not is_whole(writing):
+                shutil.rmtree(writing, ignore_errors=True)
+                raise OSError(f"{path} could not be written ({reason or 'files are missing'}): "
+                              "is the disk full?")
             shutil.rmtree(path, ignore_errors=True)     # a torn one
             os.replace(writing, path)
             older = [old for old in self.steps() if old <= step]
             for old in older[2:]:
                 shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
-        barrier()
+
+        broadcast(keep)
+
+
+def is_whole(folder):
+    """Are all parts there that the checkpoint's metadata names?"""
+    try:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+        for part in metadata.storage_data.values():
+            size = (folder / part.relative_path).stat().st_size
+            if size < part.offset + part.length:
+                return False
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------

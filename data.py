@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from flow import flow_to_rgb, load_raft
@@ -554,10 +553,17 @@ class MovingShapes:
     def __getitem__(self, i):
         return {key: values[0] for key, values in self.batch([i]).items()}
 
-    def batch(self, indices, device="cpu"):
+    def read(self, indices):
+        """What `render` needs of these clips."""
+        return [self.spec(i) for i in indices]
+
+    def render(self, specs, device="cpu"):
         """Clips as a dict: video (B, 3, T, H, W), flow (B, 2, T, H, W), lists caption and spec."""
-        specs = [self.spec(i) for i in indices]
         return self.clips(specs, [caption(spec) for spec in specs], device)
+
+    def batch(self, indices, device="cpu"):
+        """`read`, then `render`."""
+        return self.render(self.read(indices), device)
 
     def of_prompts(self, prompts, device="cpu"):
         """A true clip of each prompt, as `batch` gives them. What the words leave open is drawn."""
@@ -596,58 +602,72 @@ def open_data(config, split="train", device="cpu"):
 # -------------------------------------------------------------------------------------------------
 # Latents: what the DiT is trained on
 
-PIXELS_AT_ONCE = 2**23                      # of the TAE: 4 clips of 32x256x256
-
 
 # z = [x, d] (section 4.2)
 @torch.no_grad()
-def encode(tae, batch, sigma):
+def encode(config, tae, batch):
     """Clips -> z (B, 2C, T, H, W), each stream normalised by its own statistics."""
-    x = tae.encode(batch["video"])
-    d = tae.encode(flow_to_rgb(batch["flow"], sigma), motion=True)
-    return torch.cat([x, d], dim=1)
+    rgb = flow_to_rgb(batch["flow"], config.flow.sigma)
+    with common.autocast(config, rgb.device):
+        return torch.cat([tae.encode(batch["video"]), tae.encode(rgb, motion=True)], dim=1)
+
+
+@torch.no_grad()
+def through_tae(config, tae, video, motion=False):
+    """Clips (B, 3, T, H, W) encoded and decoded again, on the CPU."""
+    clips = []
+    device = tae.statistics.device
+    for part in video.split(common.clips_at_once(config)):
+        with common.autocast(config, device):
+            z = tae.encode(part.to(device), motion)
+            again = tae.decode(z, video.shape[2], motion)
+        clips.append(again.float().clamp(-1, 1).cpu())
+    return torch.cat(clips)
 
 
 def chunks(start, stop, config):
     """The range start to stop in ranges of as many clips as are encoded at once."""
-    pixels = min(config.frames, config.tae.tile) * config.height * config.width
-    n = max(1, min(32, PIXELS_AT_ONCE // pixels))
+    n = common.clips_at_once(config)
     return [range(first, min(first + n, stop)) for first in range(start, stop, n)]
 
 
 class Latents:
-    """latents([0, 5]) -> z (2, 2C, T, H, W) float, two captions; `count` clips, 0: endless.
-    From the files of videos.py; else, up to data.cache clips, from memory, encoded now by every
-    rank for itself; else encoded when asked for. ValueError for files of other clips."""
+    """latents([0, 5]) -> z (2, 2C, T, H, W), two captions; `count` clips, 0: endless.
+    From the run's files, which all ranks write first if need be; with data.cache=0 encoded when
+    they are asked for. ValueError for files of other clips."""
 
     def __init__(self, config, tae, clips, device):
-        from videos import open_latents
+        self.config = config
         self.tae = tae
         self.clips = clips
         self.device = device
-        self.sigma = config.flow.sigma
         self.count = clips.count or config.data.cache
-        self.parts = open_latents(config, clips)    # dicts of z and caption, the last may be short
-        if not self.parts and 0 < self.count <= config.data.cache:
-            todo = chunks(0, self.count, config)
-            for numbers in tqdm(todo, f"encoding {self.count} clips", disable=common.RANK > 0):
-                z, captions = self.encode(numbers)
-                self.parts.append(dict(z=z.half().cpu(), caption=captions))
+        self.parts = []                     # dicts of z and caption, the last may be short
+        if config.data.cache:
+            from videos import open_latents
+            self.parts = open_latents(config, tae, clips, device)
 
-    def encode(self, numbers):
-        batch = self.clips.batch(numbers, self.device)
-        return encode(self.tae, batch, self.sigma), batch["caption"]
-
-    def __call__(self, numbers):
+    def read(self, numbers):
+        """z (B, 2C, T, H, W) float16 and captions; or, not yet encoded, what the clips need."""
         if not self.parts:
-            return self.encode(numbers)
+            return self.clips.read(numbers), None
         z = []
         captions = []
         for n in numbers:
             k, row = divmod(n, len(self.parts[0]["caption"]))
             z.append(self.parts[k]["z"][row])
             captions.append(self.parts[k]["caption"][row])
-        return torch.stack(z).float(), captions
+        return torch.stack(z), captions
+
+    def bring(self, got, captions):
+        """What was read, as z on the device and captions."""
+        if self.parts:
+            return common.to_device(got, self.device).float(), captions
+        batch = self.clips.render(got, self.device)
+        return encode(self.config, self.tae, batch), batch["caption"]
+
+    def __call__(self, numbers):
+        return self.bring(*self.read(numbers))
 
 
 def main(arguments):

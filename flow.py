@@ -375,7 +375,7 @@ def download(url):
 def estimate_flow(video, raft, iters=12, pairs=12):
     """Video (B, 3, T, H, W) in [-1, 1] -> optical flow (B, 2, T, H, W) in pixels per frame.
     The last frame has no next one and repeats the flow before it; one frame alone has zeros.
-    RAFT sees `pairs` pairs of frames at a time, to save memory. ValueError: another shape."""
+    RAFT sees up to `pairs` pairs of frames at a time. ValueError: another shape."""
     if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
         shape = tuple(video.shape)
         raise ValueError(f"found a video {shape} {video.dtype}, expected float (B, 3, T, H, W)")
@@ -386,6 +386,8 @@ def estimate_flow(video, raft, iters=12, pairs=12):
     height = max(H, MIN_SIDE)
     width = max(W, MIN_SIDE)
     shrink = video.new_tensor([W / width, H / height]).view(2, 1, 1)
+    cells = math.ceil(height / 8) * math.ceil(width / 8)
+    pairs = max(1, min(pairs, 65535 // cells))                          # cuDNN's limit
 
     frames = video.transpose(1, 2)                                      # (B, T, 3, H, W)
     now = frames[:, :-1].flatten(0, 1)                                  # (B (T-1), 3, H, W)

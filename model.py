@@ -134,7 +134,7 @@ class ByteText(nn.Module):
         init_normal(self.embed, std=1.0)
         init_normal(self.position, std=1.0)
 
-    def tokenize(self, prompts):
+    def tokenize(self, prompts, least=0):
         """B strings -> ids (B, L) as ByT5 numbers them: padding 0, end 1, a byte is itself + 3."""
         rows = []
         room = self.length - 1  # for the end token, which the empty prompt has too
@@ -142,11 +142,14 @@ class ByteText(nn.Module):
             ids = [byte + 3 for byte in prompt.encode()]
             if len(ids) > room:
                 warnings.warn(f"prompt cut to {room} bytes (text.length): {prompt!r}")
-            rows.append(torch.tensor(ids[:room] + [1]))
+            ids = ids[:room] + [1]
+            rows.append(torch.tensor(ids + [0] * (least - len(ids))))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, prompts):
-        ids = self.tokenize(prompts).to(self.position.device)  # (B, L)
+        # On CUDA all batches have one length: compilers and kernels stumble over changing ones.
+        ids = self.tokenize(prompts, self.length if self.position.is_cuda else 0)  # (B, L)
+        ids = ids.to(self.position.device, non_blocking=True)
         mask = ids != 0
         x = F.embedding(ids, self.embed) + self.position[:ids.shape[1]]  # (B, L, D)
         for block in self.blocks:
@@ -397,6 +400,7 @@ class Up(nn.Module):
 
     def forward(self, x):
         y = F.interpolate(x, scale_factor=(self.t, self.s, self.s))  # (B, c_in, t T, s H, s W)
+        y = y.contiguous(memory_format=torch.channels_last_3d)  # which CUDA's 3-D kernel loses
         return self.conv(y) + self.shortcut(x)
 
 

@@ -8,8 +8,8 @@
     python probe.py plan preset=4b gpus=32  # parameters, FLOPs, hours and memory, on paper
     python probe.py speed preset=small      # clips, tokens and FLOPs per second, measured
 
-plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 tflops=989 (of one
-GPU at its peak), speed also steps=20 tflops=989. The others take the flags below; those from
+plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 (the share of a GPU's
+peak that is reached), speed also steps=20 tflops=989 (that peak). The others take the flags below; those from
 --split on are for report alone. ablate's CSV has every clip, its tables are printed.
 
 Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
@@ -25,9 +25,12 @@ import json
 import math
 import pathlib
 import time
+import weakref
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -62,23 +65,14 @@ def load_models(run, device="", stages=common.STAGES[1:]):
     return models, config
 
 
-@torch.no_grad()
-def through_tae(model, video):
-    """Clips (B, 3, T, H, W) encoded and decoded again, on the CPU."""
-    clips = []
-    for clip in video.split(sample.AT_ONCE):
-        z = model.tae.encode(clip.to(model.device))
-        clips.append(model.tae.decode(z, video.shape[2]).clamp(-1, 1).cpu())
-    return torch.cat(clips)
-
-
 def compare(models, prompts, split, seed, variants):
     """Clips of the same prompts, from the same noise, of ground truth, the TAE and the variants
     {name: (stage, settings)}: {name: videos}, {name: motion pictures}, {name: metrics of each}."""
     first = next(iter(models.values()))
     sigma = first.config.flow.sigma
     truth = data.open_data(first.config, split).of_prompts(prompts)
-    videos = {"ground truth": truth["video"], "through the TAE": through_tae(first, truth["video"])}
+    again = data.through_tae(first.config, first.tae, truth["video"])
+    videos = {"ground truth": truth["video"], "through the TAE": again}
     flows = {"ground truth": truth["flow"]}
     motions = {}
     for name, (stage, options) in variants.items():
@@ -230,7 +224,8 @@ def appearance_loss(model, z1, z0, t, captions):
     if not model.motion:
         z1, z0 = z1[:, :C], z0[:, :C]
     t = t.to(z1.device).expand(len(z1))
-    u = model.dit(train.interpolate(z1, z0, t), t, *model.text(captions))
+    with common.autocast(model.config, model.device):
+        u = model.dit(train.interpolate(z1, z0, t), t, *model.text(captions))
     return train.mse(u[:, :C], train.velocity(z1, z0)[:, :C])
 
 
@@ -248,8 +243,8 @@ def permute(a):
         draws = [common.generator(a.seed, "permute", i) for i in numbers]
         orders = torch.stack([torch.randperm(config.frames, generator=g) for g in draws])
         batch = world.batch(numbers, first.device)
-        clean = data.encode(first.tae, batch, config.flow.sigma)
-        shuffled = data.encode(first.tae, shuffle_frames(batch, orders), config.flow.sigma)
+        clean = data.encode(config, first.tae, batch)
+        shuffled = data.encode(config, first.tae, shuffle_frames(batch, orders))
         z0 = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in draws]).to(clean)
         for (stage, k), both in losses.items():
             for values, z1 in zip(both, (clean, shuffled)):
@@ -274,8 +269,8 @@ def sdedit(a):
     """Noise clips to step k and finish them with their own captions: what of them is left?"""
     models, config = load_models(a.run, a.device)
     count = a.count or 32
-    batch = data.open_data(config, "test").batch(range(count))
-    source = batch["video"]
+    batch = data.open_data(config, "test").batch(range(count), next(iter(models.values())).device)
+    source = batch["video"].cpu()
     seeds = range(a.seed, a.seed + count)
     times = sample.schedule(config.sample)
     C, steps = common.latent_size(config)[0], config.sample.steps
@@ -284,7 +279,7 @@ def sdedit(a):
     for stage, model in models.items():
         z0 = sample.noise(model, seeds)
         z1 = torch.zeros_like(z0)
-        z1[:, :C] = model.tae.encode(source.to(model.device))
+        z1[:, :C] = data.encode(config, model.tae, batch)[:, :C]
         # VideoJAM must not see how the source moves. Of its d nothing is known, so it is the mean
         # of all d, which is 0, under as much fresh noise as the sampler has left at this step.
         for k in sorted({round(steps * tenth / 10) for tenth in range(11)}):
@@ -447,11 +442,56 @@ def forward_flops(config, motion):
     return counter.get_total_flops()
 
 
-def memory(config, gpus):
-    """{what: bytes} on each GPU while the joint net is trained."""
+class Bytes(TorchDispatchMode):
+    """Counts what tensors take that are made inside, at most at the same time; also on "meta"."""
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()      # views share theirs
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.alive:
+                    self.alive.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, key, size)
+        return out
+
+    def free(self, key, size):
+        self.alive.remove(key)
+        self.now -= size
+
+
+def tae_costs(config, clips, training):
+    """(FLOPs, bytes) of the TAE for so many clips: a training step on tiles, or encoding."""
+    tae = config.tae
+    frames = min(config.frames, tae.tile) if training else config.frames
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    with torch.device("meta"):
+        net = common.build_tae(config).to(dtype)
+        video = torch.empty(clips, 3, frames, config.height, config.width, dtype=dtype)
+    with FlopCounterMode(display=False) as flops, Bytes() as made, torch.set_grad_enabled(training):
+        if training:
+            latent, _ = net.moments(video)
+            net.reconstruct(latent).float().square().mean().backward()
+        else:
+            net.encode(video)
+    # In fp32: weights alone, or with gradients, two moments of AdamW and the average
+    return flops.get_total_flops(), made.peak + (20 if training else 4) * parameters(net)
+
+
+def dit_memory(config, gpus, motion=True):
+    """{what: bytes} on each GPU while the DiT is trained."""
     with torch.device("meta"):
         text = common.build_text(config)
-        dit = common.build_dit(config, motion=True)
+        dit = common.build_dit(config, motion)
+        tae = common.build_tae(config)
     D = config.dit.dim
     N = math.prod(dit.size[1:]) // dit.patch ** 2
     hidden = dit.blocks[0].ffn.down.in_features
@@ -466,73 +506,97 @@ def memory(config, gpus):
     clips = math.ceil(config.batch / gpus)
     clips = min(clips, config.micro_batch or clips)
     share = 4 * parameters(text, dit) / gpus            # in fp32
+    # Weights as they are computed with: alone all of them in bf16; sharded two blocks, and the
+    # gradients of one.
+    copies = 0 if fp32 else 2 * parameters(text, dit)
+    if gpus > 1:
+        copies = parameters(dit.blocks[0]) * (12 if fp32 else 8)
     parts = {"weights": share, "gradients": share, "AdamW": 2 * share, "averaged weights": share,
-             "activations": clips * blocks}
+             "copies": copies, "TAE": 4 * parameters(tae), "activations": clips * blocks}
     return {**parts, "together": sum(parts.values())}
 
 
-def plan(config, gpus, utilisation, tflops):
-    """The size, FLOPs, hours and memory of a training, without doing it. A few blocks that FSDP
-    gathers, or copies of weights that autocast makes, come on top of the memory."""
-    def show(name, number, unit):
-        print(f"{name:<26}{number:14,.3f} {unit}")
+PEAKS = {"H100": 989, "A100": 312}          # TFLOP/s in bf16; the paper's were A100
 
+
+def plan(config, gpus, utilisation):
+    """The size, FLOPs, hours and memory of each stage of a training, without doing it."""
     with torch.device("meta"):
-        tae = common.build_tae(config)
-        nets = {"text encoder": common.build_text(config), "DiT": common.build_dit(config),
-                "VideoJAM's DiT": common.build_dit(config, motion=True), "TAE": tae}
-        video = torch.empty(1, 3, config.frames, config.height, config.width)
+        nets = {"TAE": common.build_tae(config), "text encoder": common.build_text(config),
+                "DiT": common.build_dit(config), "VideoJAM's DiT": common.build_dit(config, True)}
     for name, net in nets.items():
-        show(name, parameters(net) / 1e6, "M parameters")
-    with FlopCounterMode(display=False) as encoding, torch.no_grad():
-        tae.encode(video)
-    step = 3 * config.batch * forward_flops(config, motion=True)    # backward is two forwards
-    show("a step of VideoJAM", step / 1e12, f"TFLOPs, {config.batch} clips")
-    show("encoding them", 2 * config.batch * encoding.get_total_flops() / 1e12, "TFLOPs")
-    seconds = step / (gpus * tflops * 1e12 * utilisation)
-    show("a step, without encoding", seconds, f"s with {gpus=:g} {tflops=:g} {utilisation=:g}")
-    for stage in ("base", "videojam"):
-        steps = config[stage].steps
-        show(stage, seconds * steps / 3600, f"hours for {steps} steps")
-    for name, size in memory(config, gpus).items():
-        show(f"memory: {name}", size / 1e9, "GB per GPU")
+        print(f"{name:<15}{parameters(net) / 1e6:10,.3f} M parameters")
+    stages = config.stages.split(",")
+    costs = []                              # name, steps, FLOPs of a step, bytes on each GPU
+    if "tae" in stages:
+        clips = math.ceil(config.tae.batch / gpus)
+        clips = min(clips, config.tae.micro_batch or clips)
+        flops, size = tae_costs(config, clips, training=True)
+        costs.append(["tae", config.tae.steps, flops / clips * config.tae.batch, size])
+    dits = [(stage, config["base" if stage == "base" else "videojam"].steps)
+            for stage in stages if stage != "tae"]
+    flops, size = tae_costs(config, common.clips_at_once(config), training=False)
+    flops = 2 * flops / common.clips_at_once(config)            # of a clip: x and d
+    if config.data.cache:
+        costs.append(["encoding, once", 1, flops * config.data.cache, size])
+    else:
+        costs.append(["encoding", sum(steps for _, steps in dits), flops * config.batch, size])
+    for stage, steps in dits:
+        motion = stage == "videojam"
+        flops = 3 * config.batch * forward_flops(config, motion)        # backward is two forwards
+        costs.append([stage, steps, flops, dit_memory(config, gpus, motion)["together"]])
+    heads = ["stage", "steps", "TFLOPs", *(f"s, {gpu}" for gpu in PEAKS),
+             *(f"hours, {gpu}" for gpu in PEAKS), "GB per GPU"]
+    lines = []
+    for name, steps, flops, size in costs:
+        seconds = [flops / (gpus * peak * 1e12 * utilisation) for peak in PEAKS.values()]
+        hours = [steps * s / 3600 for s in seconds]
+        numbers = [flops / 1e12, *seconds, *hours, size / 1e9]
+        lines.append([name, str(steps), *(f"{number:,.3g}" for number in numbers)])
+    print_table(f"{gpus:g} GPUs, {utilisation:g} of their peak; TFLOPs and s are of a step, with "
+                f"{config.batch} clips (tae: {config.tae.batch})", heads, lines)
 
 
-def speed(config, steps, tflops):
+def speed(config, device, steps, tflops):
     """Time training steps of the joint net on latents of noise; MFU is a share of tflops=."""
-    device = common.start(config)
     net = common.build_nets(config, device, motion=True)
+    for part in net.values():
+        part.init()
     optimizer = train.make_optimizer(config, net, 1e-4)
     C, T, H, W = net.dit.size
     B = config.batch
     z1 = torch.randn(B, 2 * C, T, H, W).to(device)
     prompts = (data.PROMPTS * B)[:B]
     draws = [train.draw(config, 0, row, z1.shape[1:]) for row in range(B)]
-    draws = [torch.stack(values).to(device) for values in zip(*draws)]
+    t, z0, _, keep_motion = [torch.stack(values).to(device) for values in zip(*draws)]
     times = []
     for _ in range(int(steps) + 2):
         start = time.perf_counter()
-        for rows in train.micro_batches(config, B):
-            some = [values[rows] for values in draws]
+        for rows in train.micro_batches(config, "videojam"):
             with common.autocast(config, device):
                 captions = [prompts[row] for row in rows]
-                loss, _ = train.dit_loss(net, z1[rows], captions, some, motion=True)
+                loss, _ = train.dit_loss(net, z1[rows], captions, t[rows], z0[rows],
+                                         keep_motion[rows], motion=True)
             (loss * len(rows) / B).backward()
-        common.average_and_limit_gradients(net, train.MAX_NORM)
+        common.average_and_limit_gradients(net, config.clip)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     seconds = np.median(times[2:])                      # the first two allocate and compile
-    rate = 3 * B * forward_flops(config, motion=True) / 1e12 / seconds
+    rate = 3 * B * forward_flops(config, motion=True) / 1e12 / seconds / common.WORLD
     row = dict(seconds=seconds, clips_per_s=B / seconds)
     row["tokens_per_s"] = row["clips_per_s"] * T * H * W / net.dit.patch ** 2
-    row.update(tflops=rate, mfu=rate / tflops, planned_gb=memory(config, 1)["together"] / 1e9)
+    planned = dit_memory(config, common.WORLD)["together"] / 1e9
+    row.update(tflops=rate, mfu=rate / tflops, planned_gb=planned)
     if device.type == "cuda":
         row["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    print_table(f"a step of {B} clips on {device}", list(row), [[f"{x:.4g}" for x in row.values()]])
-    write_csv(config.run, "speed", [row])
+    common.stop()
+    if common.RANK == 0:
+        print_table(f"a step of {B} clips on {common.WORLD} x {device}, TFLOP/s of each",
+                    list(row), [[f"{x:.4g}" for x in row.values()]])
+        write_csv(config.run, "speed", [row])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -542,13 +606,12 @@ def speed(config, steps, tflops):
 EXPERIMENTS = {"report": report, "permute": permute, "sdedit": sdedit, "ablate": ablate,
                "predicates": predicates}
 # These take key=value: their own, and those of config.yaml.
-KEYED = {"plan": (plan, dict(gpus=1, utilisation=0.4, tflops=989)),
-         "speed": (speed, dict(steps=20, tflops=989))}
+KEYED = {"plan": dict(gpus=1, utilisation=0.4), "speed": dict(steps=20, tflops=989)}
 
 
 def main(argv):
     if argv and argv[0] in KEYED and not {"-h", "--help"} & set(argv):
-        command, own = KEYED[argv[0]]
+        own = KEYED[argv[0]]
         rest = []
         for argument in argv[1:]:
             key, _, value = argument.partition("=")
@@ -558,7 +621,9 @@ def main(argv):
                 own = {**own, key: float(value)}
             else:
                 raise ValueError(f"found {argument}, expected {key}= and a number")
-        return command(common.load_config(rest), **own)
+        if argv[0] == "plan":
+            return plan(common.load_config(rest), **own)
+        return speed(*common.start_from(rest), **own)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

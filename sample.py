@@ -3,6 +3,7 @@
     python sample.py "a red square moving right"            # mp4 and png in runs/tiny/samples
     python sample.py "a blue circle falling" --out fall.gif --w-motion 0 --seed 3
     python sample.py --prompts prompts.txt --out vbench     # a folder as VBench reads it
+    torchrun --nproc_per_node=8 sample.py "a red square falling"    # a net too large for one GPU
     python probe.py report --stages base                    # numbers instead of pictures
 
 Letters: B clips, C latent channels of one stream, T H W latent frames, height, width; z = [x, d]
@@ -15,11 +16,8 @@ import re
 import types
 
 import torch
-from tqdm import tqdm
 
 import common
-
-AT_ONCE = 32            # clips in a batch
 
 # -------------------------------------------------------------------------------------------------
 # The equations
@@ -112,7 +110,8 @@ def guided_velocity(model, z, t, text, mask, s, first_half):
         branches.append((no_d, with_text if s.guidance == "inner" else no_text))
     latents, rows = zip(*branches)
     rows = torch.cat(rows).to(z.device)
-    u = model.dit(torch.cat(latents), t.expand(len(rows)), text[rows], mask[rows])
+    with common.autocast(model.config, model.device):
+        u = model.dit(torch.cat(latents), t.expand(len(rows)), text[rows], mask[rows])
     u = u.float().chunk(len(branches))                                  # large weights: in fp32
     if s.guidance == "none":
         return u[0]
@@ -134,11 +133,13 @@ def sampler(model, prompts, seeds, s=None, start=0, z=None, bar=False):
     """
     s = s or settings(model)
     times = schedule(s).to(model.device)
-    text, mask = model.text([*prompts, ""])
+    with common.autocast(model.config, model.device):
+        text, mask = model.text([*prompts, ""])
     z = noise(model, seeds) if z is None else z
     C = common.latent_size(model.config)[0]
     yield start, times[start].item(), z
-    for k in tqdm(range(start, s.steps), f"sampling {len(z)}", disable=not bar, leave=False):
+    ks = range(start, s.steps)
+    for k in common.progress(ks, f"sampling {len(z)}", leave=False) if bar else ks:
         u = guided_velocity(model, z, times[k], text, mask, s, k < s.steps // 2)
         if not s.use_motion:
             u[:, C:] = 0                        # d is not integrated
@@ -150,10 +151,15 @@ def sampler(model, prompts, seeds, s=None, start=0, z=None, bar=False):
 def decode(model, z):
     """z -> video (B, 3, frames, height, width) in [-1, 1], and the motion picture or None."""
     C, frames = common.latent_size(model.config)[0], model.config.frames
-    video = model.tae.decode(z[:, :C], frames).clamp(-1, 1)
-    if not model.motion:
-        return video, None
-    return video, model.tae.decode(z[:, C:], frames, motion=True).clamp(-1, 1)
+    few = common.clips_at_once(model.config)
+
+    def stream(latents, motion):
+        clips = [model.tae.decode(part, frames, motion) for part in latents.split(few)]
+        return torch.cat(clips).float().clamp(-1, 1)
+
+    with common.autocast(model.config, model.device):
+        video = stream(z[:, :C], motion=False)
+        return video, stream(z[:, C:], motion=True) if model.motion else None
 
 
 def generate(model, prompts, seeds, s=None, bar=True):
@@ -162,8 +168,9 @@ def generate(model, prompts, seeds, s=None, bar=True):
         raise ValueError('found no prompt, expected one: python sample.py "a red square falling"')
     s = s or settings(model)
     videos, motions = [], []
-    for i in range(0, len(prompts), AT_ONCE):
-        some = slice(i, i + AT_ONCE)
+    batch = common.clips_at_once(model.config)
+    for i in range(0, len(prompts), batch):
+        some = slice(i, i + batch)
         for _, _, z in sampler(model, prompts[some], seeds[some], s, bar=bar):
             pass                                # the last state is the clips
         video, motion = decode(model, z)
@@ -233,11 +240,15 @@ def main(argv):
     if out.suffix not in ("", ".mp4", ".gif") or a.count < 1:
         raise ValueError(f"--out {out} --count {a.count}: expected .mp4, .gif or a folder, "
                          "and at least one clip per prompt")
+    common.start(a.device)
     model = common.load_run(a.run, a.stage, a.device)
     s = settings(model, a.steps, a.w_text, a.w_motion, a.guidance, not a.no_motion)
     prompts = [prompt for prompt in prompts for _ in range(a.count)]
     seeds = range(a.seed, a.seed + len(prompts))
-    videos, motions = generate(model, prompts, seeds, s)
+    videos, motions = generate(model, prompts, seeds, s)    # on all ranks, which hold the net
+    common.stop()
+    if common.RANK > 0:
+        return
     print(vars(s))
     if a.prompts and a.out and not out.suffix:
         return write_vbench(out, prompts, videos, a.count, model.config.fps)

@@ -13,6 +13,7 @@ Letters: x appearance latent, d motion latent, both (B, C, T, H, W); z = [x, d] 
 t (B,) flow-matching time, 0 noise, 1 data; u prediction, v its target, the velocity.
 """
 import functools
+import gc
 import json
 import math
 import pathlib
@@ -22,16 +23,15 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
 import data
 import sample
-from common import RANK, WORLD, autocast, generator, print0
+from common import RANK, WORLD, autocast, generator, print0, to_device
 from flow import flow_to_rgb
 
-MAX_NORM = 1.0          # of the gradient
 BETAS = (0.9, 0.95)     # of AdamW, without weight decay
+BAD_STEPS = 10          # in a row without a finite gradient: training has failed
 
 # -------------------------------------------------------------------------------------------------
 # The equations
@@ -96,14 +96,16 @@ def clip_numbers(seed, step, rows, batch, count):
     return [shuffled(seed, p // count, count)[p % count] for p in positions]
 
 
-def micro_batches(config, batch):
-    """This rank's rows of the global batch, cut into as many forward passes on every rank."""
-    rows = list(range(RANK, batch, WORLD))
-    largest = math.ceil(batch / WORLD)
-    cuts = math.ceil(largest / (config.micro_batch or largest))
-    if cuts > batch // WORLD:
-        raise ValueError(f"found {batch} clips over {WORLD} ranks in {cuts} micro-batches, "
-                         "expected a clip in each: take fewer ranks or a larger micro_batch")
+def micro_batches(config, stage):
+    """This rank's rows of the stage's global batch, cut into as many passes on every rank."""
+    part = config.tae if stage == "tae" else config
+    rows = list(range(RANK, part.batch, WORLD))
+    largest = math.ceil(part.batch / WORLD)
+    cuts = math.ceil(largest / (part.micro_batch or largest))
+    if cuts > part.batch // WORLD:
+        raise ValueError(f"{stage}: found {part.batch} clips over {WORLD} ranks in {cuts} "
+                         "micro-batches, expected a clip in each: take fewer ranks, a larger batch "
+                         "or a larger micro_batch")
     return [rows[i::cuts] for i in range(cuts)]
 
 
@@ -141,10 +143,11 @@ def exchange(weights, average):
         average[name].copy_(own)
 
 
-def fit(config, stage, net, loss_of, steps, batch, lr, parent="none", look=None):
+def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
     """Train `net`, a ModuleDict, up to `steps` steps. It ends with its averaged weights.
 
-    loss_of(step, rows): the mean loss of these rows of the global batch, and what to log.
+    read(step, rows): what these rows of the global batch are made of, on the CPU.
+    loss_of(that): their mean loss, and what to log.
     """
     device = next(net.parameters()).device
     optimizer = make_optimizer(config, net, lr)
@@ -154,27 +157,35 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="none", look=None)
     start = checkpoint.load()
     if start > steps:
         raise ValueError(f"{stage} is at step {start} already, found {steps} steps: ask for more")
-    cuts = micro_batches(config, batch)
+    batch = config.tae.batch if stage == "tae" else config.batch
+    cuts = micro_batches(config, stage)
     log = common.Log(config, stage, start)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     print0(f"{stage}: {size:.2f} M parameters, step {start} to {steps}, {batch} clips = {WORLD} "
            f"ranks x {len(cuts)} micro-batches x {len(cuts[0])}")
-    bar = tqdm(range(start, steps), f"{stage:>8}", steps, initial=start, disable=RANK > 0)
+    todo = range(start, steps)
+    bar = common.progress(todo, f"{stage:>8}", total=steps, initial=start)
+    # On CPUs a thread that reads ahead would only take its core from the step.
+    depth = 2 if device.type == "cuda" else 0
+    batches = common.read_ahead(lambda step: [read(step, rows) for rows in cuts], todo, depth)
+    bad_steps = torch.zeros((), device=device)          # in a row
+    saved = time.time()
     with common.catch_sigterm() as caught:
-        for step in bar:
+        answers = common.ask_all(bad_steps, bool(caught), False)
+        for step, parts in zip(bar, batches):
             # Forward and backward. Gradients are averaged over the ranks, whose shares of the
             # batch may differ: so each clip counts 1 / batch, times the number of ranks.
-            for rows in cuts:
-                loss, numbers = loss_of(step, rows)
+            for rows, part in zip(cuts, parts):
+                loss, numbers = loss_of(part)
                 (loss * len(rows) / batch * WORLD).backward()
                 log.add(numbers)
-            norm = common.average_and_limit_gradients(net, MAX_NORM)
-            if not math.isfinite(norm):
-                raise ValueError(f"{stage}: the gradient is not finite at step {step}; the last "
-                                 "state is as it was: go on from it with a lower learning rate")
-            # Step
+            norm = common.average_and_limit_gradients(net, config.clip)
+            # Step. Where the gradient is not finite, AdamW leaves everything as it is (found_inf).
+            bad = (~norm.isfinite()).float()
+            bad_steps = (bad_steps + 1) * bad
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * rate_share(config, step, steps)
+            optimizer.found_inf = bad
             optimizer.step()
             optimizer.zero_grad()
             # Average. It warms up, or it would remember the random start.
@@ -183,16 +194,26 @@ def fit(config, stage, net, loss_of, steps, batch, lr, parent="none", look=None)
                 torch._foreach_lerp_(list(average.values()), list(weights.values()), 1 - decay)
             # Log
             done = step + 1
+            log.add(dict(skipped=(bad, torch.ones_like(bad))))
             if done % config.log_every == 0 or done == steps:
-                line = log.write(done, batch, lr=group["lr"], grad_norm=round(norm, 4))
-                bar.set_postfix(loss=line["loss"])
-            # Save, also when a scheduler asks this rank or another to leave
-            leaving = common.on_any_rank(caught, device)
-            if leaving or done % config.save_every == 0 or done == steps:
+                line = log.write(done, batch, lr=group["lr"], grad_norm=round(norm.item(), 4))
+                bar.set_postfix(loss=line["loss"], refresh=False)
+            # Save, also when a scheduler asks one of the ranks to leave
+            failed, leaving, due = answers()
+            if leaving or due or done % config.save_every == 0 or done == steps:
                 checkpoint.save(done)
+                saved = time.time()
             if leaving:
                 raise common.Stopped(f"{stage}: SIGTERM after step {done} of {steps}, saved; "
                                      "the same command goes on")
+            if failed >= BAD_STEPS:
+                raise ValueError(f"{stage}: {BAD_STEPS} gradients in a row were not finite, up to "
+                                 f"step {step}, and changed nothing: go on with a lower learning "
+                                 "rate or clip")
+            # All ranks must do the same after the same step, so they ask each other; the answers
+            # are read in the next step, when the GPU has them.
+            due = time.time() - saved > 60 * config.save_minutes
+            answers = common.ask_all(bad_steps, bool(caught), due)
             # Look
             if look and config.sample_every and done % config.sample_every == 0 and done < steps:
                 exchange(weights, average)
@@ -224,18 +245,33 @@ def tae_loss(config, tae, video, noise):
 
 
 def train_tae(config, clips, device):
-    seed, batch = config.seed, config.tae.batch
+    seed = config.seed
     tae = common.build_tae(config).to(device, memory_format=torch.channels_last)
-    shape = common.latent_size(config)
+    common.load_into(tae, tae.state_dict(), "tae")      # all ranks begin with those of rank 0
+    # Of long clips one tile at a random place: 128 frames of 256x256 would take 87 GB.
+    frames = min(config.frames, config.tae.tile)
+    C, _, h, w = common.latent_size(config)
+    shape = (C, math.ceil(frames / config.tae.temporal), h, w)
 
-    def loss_of(step, rows):
-        got = clips.batch(clip_numbers(seed, step, rows, batch, clips.count), device)
-        painted = torch.tensor([row % 2 == 1 for row in rows], device=device)
+    def read(step, rows):
+        noise, starts = [], []
+        for row in rows:
+            g = generator(seed, step, row)
+            noise.append(torch.randn(shape, generator=g))
+            starts.append(torch.randint(config.frames - frames + 1, (), generator=g).item())
+        painted = torch.tensor([row % 2 == 1 for row in rows])
+        numbers = clip_numbers(seed, step, rows, config.tae.batch, clips.count)
+        return clips.read(numbers), torch.stack(noise), starts, painted
+
+    def loss_of(part):
+        got, noise, starts, painted = part
+        got = clips.render(got, device)
+        painted = to_device(painted, device)
         rgb = flow_to_rgb(got["flow"], config.flow.sigma)
-        video = torch.where(per_clip(painted, rgb), rgb, got["video"])  # (B, 3, T, H, W)
-        noise = [torch.randn(shape, generator=generator(seed, step, row)) for row in rows]
-        with autocast(config, device):
-            parts = tae_loss(config, tae, video, torch.stack(noise).to(device))
+        video = torch.where(per_clip(painted, rgb), rgb, got["video"])
+        video = torch.stack([clip[:, i:i + frames] for clip, i in zip(video, starts)])
+        with autocast(config, device):                  # (B, 3, frames, H, W)
+            parts = tae_loss(config, tae, video, to_device(noise, device))
         reconstruction, regulariser, square = parts
         loss = torch.where(painted, config.tae.motion, 1.0) * reconstruction + regulariser
         numbers = dict(loss=tally(loss, torch.ones_like(loss)), mse_x=tally(square, ~painted),
@@ -243,44 +279,51 @@ def train_tae(config, clips, device):
         return loss.mean(), numbers
 
     net = nn.ModuleDict(dict(tae=tae))
-    fit(config, "tae", net, loss_of, config.tae.steps, batch, config.tae.lr)
+    fit(config, "tae", net, read, loss_of, config.tae.steps, config.tae.lr)
     measure_statistics(config, tae, clips, device)
     common.save_weights(config, "tae", tae, config.tae.steps)
     if RANK == 0:
         show_reconstruction(config, tae, clips, device)
 
 
-@torch.no_grad()
 def measure_statistics(config, tae, clips, device):
     """Mean and deviation of each channel of both streams, over 256 clips; stored in the TAE."""
     number = min(256, clips.count or 256)
-    chunks = [data.encode(tae, clips.batch(chunk, device), config.flow.sigma)
+    numbers = clip_numbers(config.seed, 0, range(number), number, clips.count)
+    chunks = [data.encode(config, tae, clips.batch(numbers[chunk.start:chunk.stop], device))
               for chunk in data.chunks(0, number, config)]
     for stream, z in enumerate(torch.cat(chunks).chunk(2, dim=1)):      # (n, C, T', H', W') each
         tae.statistics[stream, 0] = z.mean((0, 2, 3, 4))
         tae.statistics[stream, 1] = z.std((0, 2, 3, 4)).clamp(min=1e-6)
 
 
-@torch.no_grad()
 def show_reconstruction(config, tae, clips, device):
     """Three clips and their painted flow, then both through the TAE."""
     got = clips.batch(range(min(3, clips.count or 3)), device)
     rgb = flow_to_rgb(got["flow"], config.flow.sigma)
-    video_again = tae.decode(tae.encode(got["video"]), config.frames)
-    rgb_again = tae.decode(tae.encode(rgb, motion=True), config.frames, motion=True)
-    path = f"{config.run}/samples/reconstruction.mp4"
-    common.write_clips(path, torch.cat([got["video"], video_again]), torch.cat([rgb, rgb_again]),
-                       config.fps)
-    print0(f"tae: {path} and .png: clips and their motion, then both through the TAE")
+    video = torch.cat([got["video"].cpu(), data.through_tae(config, tae, got["video"])])
+    motion = torch.cat([rgb.cpu(), data.through_tae(config, tae, rgb, motion=True)])
+    shown = "clips and their motion, then both through the TAE"
+    write_samples(config, "reconstruction", video, motion, shown)
+
+
+def write_samples(config, name, video, motion, shown):
+    """<run>/samples/name.mp4 and .png. Training goes on where they cannot be written."""
+    path = f"{config.run}/samples/{name}.mp4"
+    try:
+        common.write_clips(path, video, motion, config.fps)
+        print0(f"{path} and .png: {shown}")
+    except (OSError, RuntimeError) as error:
+        print0(f"{path} could not be written, training goes on ({error})")
 
 
 # -------------------------------------------------------------------------------------------------
 # Stages 2 to 4: the DiT on latents. base and control are Eq. 3, videojam is Eq. 6.
 
 
-def dit_loss(net, z1, captions, draws, motion):
-    """The loss of clips z1 = [x, d] (B, 2C, T', H', W') under these draws, and what to log."""
-    t, z0, keep_text, keep_motion = draws
+def dit_loss(net, z1, prompts, t, z0, keep_motion, motion):
+    """The loss of clips z1 = [x, d] (B, 2C, T', H', W') and what to log. prompts: B captions,
+    empty where text is dropped; z0: noise like z1."""
     C = z1.shape[1] // 2
     if not motion:                                                      # x alone
         z1, z0 = z1[:, :C], z0[:, :C]
@@ -289,7 +332,6 @@ def dit_loss(net, z1, captions, draws, motion):
     # sec. 4.3: where motion is dropped d_t is exactly 0, unlike the latent of any real motion.
     if motion:
         zt = torch.cat([zt[:, :C], zt[:, C:] * per_clip(keep_motion, zt)], dim=1)
-    prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text.tolist())]
     u = net.dit(zt, t, *net.text(prompts))                              # Eq. 4
     loss_x = mse(u[:, :C], v[:, :C])
     loss = joint_loss(u, v, keep_motion) if motion else loss_x.mean()   # Eq. 6, or Eq. 3
@@ -304,32 +346,42 @@ def dit_loss(net, z1, captions, draws, motion):
 
 def train_dit(config, stage, latents, device):
     """Stages base, videojam, and control: the base trained on for as long as videojam."""
-    run, motion = pathlib.Path(config.run), stage == "videojam"
+    motion = stage == "videojam"
     recipe = config.base if stage == "base" else config.videojam
     net = common.build_nets(config, device, motion)
-    tae_id = common.broadcast(lambda: common.identity(run / "tae.pt"))
+    for part in net.values():
+        part.init()
+    tae_id = common.broadcast(lambda: common.identity(f"{config.run}/tae.pt"))
     parent_id = tae_id
     first = 0
     if stage != "base":         # sec. 4.2: the base, but for the new motion layers; all are trained
-        saved = common.read_stage(run, "base")
+        saved = common.read_stage(config.run, "base")
         new = ("dit.motion_in.weight", "dit.motion_out.weight")
-        common.load_into(net, saved["weights"], run / "base.pt", new)
-        parent_id = common.broadcast(lambda: common.identity(run / "base.pt"))
+        common.load_into(net, saved["weights"], f"{config.run}/base.pt", new)
+        parent_id = common.broadcast(lambda: common.identity(f"{config.run}/base.pt"))
         first = saved["step"]
+        del saved
+    C, *size = common.latent_size(config)
 
-    def loss_of(step, rows):
+    def read(step, rows):
         position = first + step     # after the base's clips and noise; control and videojam alike
-        z1, captions = latents(
-            clip_numbers(config.seed, position, rows, config.batch, latents.count))
-        draws = [draw(config, position, row, z1.shape[1:]) for row in rows]
-        draws = [torch.stack(values).to(device) for values in zip(*draws)]
+        numbers = clip_numbers(config.seed, position, rows, config.batch, latents.count)
+        draws = [draw(config, position, row, (2 * C, *size)) for row in rows]
+        t, z0, keep_text, keep_motion = [torch.stack(values) for values in zip(*draws)]
+        return latents.read(numbers), keep_text.tolist(), (t, z0, keep_motion)
+
+    def loss_of(part):
+        got, keep_text, draws = part
+        z1, captions = latents.bring(*got)
+        prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text)]
+        draws = [to_device(values, device) for values in draws]
         with autocast(config, device):
-            return dit_loss(net, z1.to(device), captions, draws, motion)
+            return dit_loss(net, z1, prompts, *draws, motion)
 
     def look(net, step):
         show_samples(config, stage, latents, net, step)
 
-    fit(config, stage, net, loss_of, recipe.steps, config.batch, recipe.lr, parent_id, look)
+    fit(config, stage, net, read, loss_of, recipe.steps, recipe.lr, parent_id, look)
     common.save_weights(config, stage, net, recipe.steps, parent_id, tae_id)
     look(net, recipe.steps)
 
@@ -339,12 +391,9 @@ def show_samples(config, stage, latents, net, step):
     model = types.SimpleNamespace(config=config, tae=latents.tae, text=net.text, dit=net.dit,
                                   motion=stage == "videojam", device=latents.device)
     prompts = latents.clips.prompts()[:4]
-    with autocast(config, latents.device):
-        video, motion = sample.generate(model, prompts, range(len(prompts)), bar=RANK == 0)
+    video, motion = sample.generate(model, prompts, range(len(prompts)))
     if RANK == 0:
-        path = f"{config.run}/samples/{stage}-{step}.mp4"
-        common.write_clips(path, video, motion, config.fps)
-        print0(f"{stage}: {path} and .png: {' | '.join(prompts)}")
+        write_samples(config, f"{stage}-{step}", video, motion, " | ".join(prompts))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -359,7 +408,7 @@ def is_finished(config, stage):
     path = run / f"{stage}.pt"
     if not path.exists():
         return False
-    saved = common.read_weights(path)
+    saved = common.read_weights(path, check=False)
     below = run / ("tae.pt" if stage == "base" else "base.pt")
     known = below.exists() and common.identity(below)
     if stage != "tae" and saved["parent"] != known:
@@ -376,18 +425,38 @@ def is_finished(config, stage):
     return False
 
 
+def check_batches(config, stages):
+    """ValueError, one line, where a batch does not fit the ranks: before the first stage begins."""
+    wrong = []
+    for stage in stages:
+        try:
+            micro_batches(config, stage)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def fits_one_device(config, device):
+    """Do the nets that the report loads fit on this rank's GPU, with room for their clips?"""
+    if device.type != "cuda":
+        return True
+    with torch.device("meta"):
+        dit = common.build_dit(config, motion=True)
+    size = sum(p.numel() for p in dit.parameters()) * (2 if common.uses_bf16(config, device) else 4)
+    nets = len(set(config.stages.split(",")) - {"tae"})
+    return nets * size < 0.7 * torch.cuda.get_device_properties(device).total_memory
+
+
 def main(arguments):
     began = time.time()
-    config = common.load_config(arguments)
+    config, device = common.start_from(arguments)
     stages = [stage for stage in common.STAGES if stage in config.stages.split(",")]
-    device = common.start(config)
     todo = common.broadcast(lambda: [s for s in stages if not is_finished(config, s)])
-    for stage in todo:              # refuses a batch that does not fit the ranks, before the first
-        micro_batches(config, config.tae.batch if stage == "tae" else config.batch)
+    check_batches(config, todo)
     clips = data.open_data(config, "train", device)
-    if RANK == 0:
-        common.write_text(f"{config.run}/config.json", json.dumps(config, indent=1))
-    common.barrier()
+    common.broadcast(
+        lambda: common.write_text(f"{config.run}/config.json", json.dumps(config, indent=1)))
     print0(f"run {config.run}, {WORLD} x {device}, stages {config.stages}")
     latents = None
     for stage in stages:
@@ -402,13 +471,21 @@ def main(arguments):
                 latents = data.Latents(config, common.load_tae(config, device), clips, device)
             train_dit(config, stage, latents, device)
     common.stop()
-    if RANK == 0 and stages != ["tae"]:
-        if not config.data.root:
-            import probe                        # here, because probe.py imports this file
-            probe.main(["report", "--run", config.run, "--device", config.device])
-        prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
-        print(f'Next: python sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
-    print0(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")
+    if RANK > 0:
+        return
+    del latents
+    gc.collect()                                # sharded nets hold themselves in cycles
+    fits = fits_one_device(config, device)
+    if stages != ["tae"] and not config.data.root and fits:
+        import probe                            # here, because probe.py imports this file
+        probe.main(["report", "--run", config.run, "--device", config.device])
+    prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
+    launch = "python" if fits else f"torchrun --nproc_per_node={torch.cuda.device_count()}"
+    if not fits:
+        print("no report: the nets do not fit on one GPU")
+    if stages != ["tae"]:
+        print(f'Next: {launch} sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
+    print(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")
 
 
 if __name__ == "__main__":

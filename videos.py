@@ -4,9 +4,6 @@ VideoJAM was trained on real videos, whose optical flow RAFT estimated (sec. 4.1
 Their captions stand in metadata.jsonl or metadata.csv (file_name, text), or in a .txt each.
 
     python videos.py preset=videos data.root=clips      writes folder.png: what training would see
-    python videos.py run=runs/mine      once this run's TAE is trained: writes the latents of every
-        clip into runs/mine/latents, where train.py reads them. It goes on where it was
-        interrupted, and under torchrun the ranks share the work.
 
 Letters: B clips, T frames, H height, W width, C latent channels.
 Videos are in [-1, 1], optical flow is in pixels per frame.
@@ -25,10 +22,10 @@ import zlib
 import imageio_ffmpeg
 import numpy as np
 import torch
-from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 import common
+import data
 from common import RANK, WORLD
 from flow import estimate_flow, flow_to_rgb
 
@@ -59,24 +56,28 @@ class VideoFolder:
         self.kept = {}                  # {index: decoded window}
         if not self.root.is_dir():
             raise FileNotFoundError(f"found no folder at {root}: correct data.root")
-        names = sorted(path.name for path in self.root.iterdir() if path.suffix.lower() in ENDINGS)
-        self.captions = read_captions(self.root, names)
-        self.windows = self.find_windows(names)         # [(name, first frame)]
-        if not self.windows:
-            raise ValueError(f"found {len(names)} videos in {root} ({' '.join(ENDINGS)}) and no "
-                             f"usable one, expected {frames} frames at {fps} fps")
+        # Rank 0 looks, so that all ranks have the same windows.
+        self.captions, self.windows, self.prints = common.broadcast(self.look)
         self.count = len(self.windows)
-
-        # Kept flow is known by what is in the file and in the RAFT. So an edited clip loses it.
-        used = {name for name, _ in self.windows}
-        self.prints = {name: zlib.crc32(np.memmap(self.root / name, mode="r")) for name in used}
         self.raft_print = fingerprint(raft) if raft else None
+
+    def look(self):
+        """{file name: caption}, [(file name, first frame)], {file name: its checksum}."""
+        names = sorted(path.name for path in self.root.iterdir() if path.suffix.lower() in ENDINGS)
+        captions = read_captions(self.root, names)
+        windows = self.find_windows(names)
+        if not windows:
+            raise ValueError(f"found {len(names)} videos in {self.root} ({' '.join(ENDINGS)}) and "
+                             f"no usable one, expected {self.frames} frames at {self.fps} fps")
+        # Kept flow is known by what is in the file and in the RAFT. So an edited clip loses it.
+        used = {name for name, _ in windows}
+        prints = {name: zlib.crc32(np.memmap(self.root / name, mode="r")) for name in used}
+        return captions, windows, prints
 
     def find_windows(self, names):
         """[(file name, number of the first frame)], one window after the other."""
         # The header of a file that was cut off still promises all frames, so each is decoded once.
-        counts = thread_map(
-            self.count_frames, names, max_workers=4, desc="opening videos", disable=RANK > 0)
+        counts = thread_map(self.count_frames, names, max_workers=4, desc="opening videos")
         count = dict(zip(names, counts))
         broken = [name for name in names if count[name] < 0]
         short = [name for name in names if 0 <= count[name] < self.frames]
@@ -90,22 +91,32 @@ class VideoFolder:
 
     def __getitem__(self, i):
         name, start = self.windows[i]
-        video = self.pixels(i).permute(3, 0, 1, 2).float() / 127.5 - 1      # (3, T, H, W)
+        video = self.render(self.read([i]), flow=False)["video"][0]         # (3, T, H, W)
         return dict(video=video, caption=self.captions[name], name=f"{name}:{start}")
 
     def prompts(self):
         """The folder's own captions, each once, to look at."""
         return sorted({self.captions[name] for name, _ in self.windows})
 
-    def batch(self, indices, device="cpu"):
+    def read(self, indices):
+        """What `render` needs of these windows: the windows, pixels (B, T, H, W, 3) uint8."""
+        # Threads are enough, because ffmpeg does the work in processes of its own.
+        pixels = thread_map(self.pixels, indices, max_workers=4, disable=True)
+        return list(indices), torch.stack(pixels)
+
+    def render(self, got, device="cpu", flow=True):
         """Windows -> dict: video (B, 3, T, H, W), flow (B, 2, T, H, W), caption (list of B).
         ValueError where flow is neither kept nor can be estimated."""
-        # Threads are enough, because ffmpeg does the work in processes of its own.
-        items = thread_map(self.__getitem__, indices, max_workers=4, disable=True)
-        video = torch.stack([item["video"] for item in items]).to(device)
-        flow = [self.flow(i, clip) for i, clip in zip(indices, video)]
-        flow = torch.stack(flow).to(device).float()
-        return dict(video=video, flow=flow, caption=[item["caption"] for item in items])
+        indices, pixels = got
+        pixels = common.to_device(pixels, torch.device(device))
+        video = pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1           # (B, 3, T, H, W)
+        captions = [self.captions[self.windows[i][0]] for i in indices]
+        flows = [self.flow(i, clip).to(device).float() for i, clip in zip(indices, video) if flow]
+        return dict(video=video, flow=torch.stack(flows) if flow else None, caption=captions)
+
+    def batch(self, indices, device="cpu"):
+        """`read`, then `render`."""
+        return self.render(self.read(indices), device)
 
     def decode(self, name, start=0, stop=None):
         """Yield a file's header (a dict), then its frames start to stop at our fps, as bytes."""
@@ -263,58 +274,34 @@ def latent_files(config, clips):
     for key, expected in about.items():
         if found.get(key) != expected:
             raise ValueError(f"{folder} was made with another {key}: found {found.get(key)}, "
-                             f"expected {expected}; delete it, then make it again with videos.py")
+                             f"expected {expected}; delete it, and it is made again")
+    common.write_text(index, json.dumps(about, indent=1))
     return [folder / f"{k:05d}.pt" for k in range(math.ceil(count / CLIPS_PER_FILE))], about
 
 
-def open_latents(config, clips):
+def open_latents(config, tae, clips, device):
     """The run's files of latents, in order, each a dict: z (b, 2C, T, H, W) float16, caption.
-    Mapped: only rows that are used come into memory. [] where there are none. ValueError: files
-    of another TAE, of other clips or sizes, or not all of them."""
-    def find():
-        if not pathlib.Path(config.run, "latents", "index.json").exists():
-            return []
-        paths, _ = latent_files(config, clips)
-        missing = [path.name for path in paths if not path.exists()]
-        if missing:
-            raise ValueError(f"{config.run}/latents lacks {len(missing)} of its files: python "
-                             f"videos.py run={config.run} goes on, or delete the folder")
-        return paths
-
-    return [torch.load(path, mmap=True, weights_only=True) for path in common.broadcast(find)]
-
-
-def write_latents(config):
-    """Encode every clip; each file is made by one rank. Files that are there are kept."""
-    import data
-    device = common.find_device(config.device)
-    tae = common.load_tae(config, device)
-    clips = data.open_data(config, "train", device)
-    paths, about = latent_files(config, clips)
-    if not paths:
-        raise ValueError(f"{config.run} was made with data.cache=0: found an endless world, "
-                         "expected a number of clips to encode: make a run with data.cache=10000")
-    folder = paths[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        common.write_text(folder / "index.json", json.dumps(about, indent=1))
-    mine = [k for k in range(RANK, len(paths), WORLD) if not paths[k].exists()]
-    for k in tqdm(mine, f"encoding {about['clips']} clips", unit="file", disable=RANK > 0):
+    Missing ones are made, each by one rank. Mapped: only rows that are used come into memory.
+    ValueError: files of another TAE, of other clips or sizes."""
+    paths, about = common.broadcast(lambda: latent_files(config, clips))
+    mine = [path for path in paths[RANK::WORLD] if not path.exists()]
+    for path in common.progress(mine, f"encoding {about['clips']} clips", unit="file"):
+        first = int(path.stem) * CLIPS_PER_FILE
         latents = []
         captions = []
-        stop = min((k + 1) * CLIPS_PER_FILE, about["clips"])
-        for chunk in data.chunks(k * CLIPS_PER_FILE, stop, config):
+        for chunk in data.chunks(first, min(first + CLIPS_PER_FILE, about["clips"]), config):
             batch = clips.batch(chunk, device)
-            z = data.encode(tae, batch, config.flow.sigma)      # (b, 2C, T, H, W)
-            latents.append(z.half().cpu())
+            latents.append(data.encode(config, tae, batch).half().cpu())    # (b, 2C, T, H, W)
             captions += batch["caption"]
-        common.save(paths[k], dict(z=torch.cat(latents), caption=captions))
-    common.print0(f"{folder}: this rank's share of {about['clips']} clips is there")
+        common.save(path, dict(z=torch.cat(latents), caption=captions))
+    common.barrier()
+    return common.patiently(
+        lambda: [torch.load(path, mmap=True, weights_only=True) for path in paths])
 
 
-def show(config):
+def show(arguments):
     """folder.png: 16 clips, their frames over their optical flow."""
-    import data
+    config = common.load_config(arguments)
     if not config.data.root:
         raise ValueError("found no data.root, expected a folder of videos: data.root=clips")
     clips = data.open_data(config)
@@ -326,13 +313,5 @@ def show(config):
     print("folder.png: each clip's frames over its optical flow (Eq. 5)")
 
 
-def main(arguments):
-    config = common.load_config(arguments)
-    if pathlib.Path(config.run, "tae.pt").exists():
-        write_latents(config)
-    else:
-        show(config)
-
-
 if __name__ == "__main__":
-    common.command_line(main, __doc__, keys=True)
+    common.command_line(show, __doc__, keys=True)
