@@ -139,7 +139,7 @@ def load_config(arguments=()):
 
 
 MAY_BE_ZERO = """seed micro_batch tae.micro_batch data.cache tae.steps base.steps videojam.steps
-    text.depth warmup sample_every""".split()
+    text.depth warmup sample_every save_minutes""".split()
 
 
 def check(flat):
@@ -230,13 +230,13 @@ def barrier():
         dist.barrier(PATIENT)
 
 
-def broadcast(work):
-    """What work() returns on rank 0, or its error, on every rank: ranks that looked at the disk
-    each for itself could disagree, and then wait for each other for ever."""
+def broadcast(work, *args):
+    """What work(*args) returns on rank 0, or its error, on every rank: ranks that looked at the
+    disk each for itself could disagree, and then wait for each other for ever."""
     box = [None, None]
     if RANK == 0:
         try:
-            box[0] = work()
+            box[0] = work(*args)
         except (ValueError, OSError) as error:
             box[1] = error
     if together():
@@ -246,16 +246,16 @@ def broadcast(work):
     return box[0]
 
 
-def patiently(work):
-    """work(), tried again for a minute while there are several ranks: for so long NFS may hide a
-    file that another machine wrote. OSError after that."""
+def patiently(work, *args):
+    """work(*args), tried again for a minute while there are several ranks: for so long NFS may hide
+    a file that another machine wrote. OSError after that."""
     for seconds in (5, 15, 40) if together() else ():
         try:
-            return work()
+            return work(*args)
         except OSError as error:
             print(f"rank {RANK}: {error}; trying again in {seconds} s")
             time.sleep(seconds)
-    return work()
+    return work(*args)
 
 
 def find_device(name=""):
@@ -296,7 +296,7 @@ def start_from(arguments):
     """`start`, then the config as rank 0 reads it -> config, device."""
     given, flat, _ = read_arguments(arguments)
     device = start(given.get("device", flat["device"]))
-    return broadcast(lambda: load_config(arguments)), device
+    return broadcast(load_config, arguments), device
 
 
 def stop():
@@ -371,15 +371,19 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def read_ahead(read, steps, depth):
-    """Yield read(step) for each step, made by a thread up to `depth` steps before it is needed."""
+def read_ahead(read, cuts, steps, depth):
+    """Yield [read(step, rows) for rows in cuts] for each step, read by a thread up to `depth` steps
+    before it is needed."""
+    def batch(step):
+        return [read(step, rows) for rows in cuts]
+
     if not depth:
-        yield from map(read, steps)
+        yield from map(batch, steps)
         return
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = collections.deque()
         for step in steps:
-            waiting.append(pool.submit(read, step))
+            waiting.append(pool.submit(batch, step))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -682,7 +686,7 @@ class Checkpoint:
         path = self.folder / f"step-{step}"
         writing = self.folder / "writing"
         reason = None
-        broadcast(lambda: shutil.rmtree(writing, ignore_errors=True))   # what a kill has left
+        broadcast(shutil.rmtree, writing, True)         # what a kill has left
         try:
             dcp.save(self.tensors, checkpoint_id=writing, process_group=PATIENT)
         except dcp.CheckpointException as error:

@@ -8,9 +8,9 @@
     python probe.py plan preset=4b gpus=32  # parameters, FLOPs, hours and memory, on paper
     python probe.py speed preset=small      # clips, tokens and FLOPs per second, measured
 
-plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 (the share of a GPU's
-peak that is reached), speed also steps=20 tflops=989 (that peak). The others take the flags below; those from
---split on are for report alone. ablate's CSV has every clip, its tables are printed.
+plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 (the share of a
+GPU's peak that is reached), speed also steps=20 tflops=989 (that peak). The others take the flags
+below; those from --split on are for report alone. ablate's CSV has every clip, its tables are printed.
 
 Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
 as VideoJAM. All models get the same prompts and the same noise, so differences are paired.

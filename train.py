@@ -167,7 +167,7 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
     bar = common.progress(todo, f"{stage:>8}", total=steps, initial=start)
     # On CPUs a thread that reads ahead would only take its core from the step.
     depth = 2 if device.type == "cuda" else 0
-    batches = common.read_ahead(lambda step: [read(step, rows) for rows in cuts], todo, depth)
+    batches = common.read_ahead(read, cuts, todo, depth)
     bad_steps = torch.zeros((), device=device)          # in a row
     saved = time.time()
     with common.catch_sigterm() as caught:
@@ -198,6 +198,9 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
             if done % config.log_every == 0 or done == steps:
                 line = log.write(done, batch, lr=group["lr"], grad_norm=round(norm.item(), 4))
                 bar.set_postfix(loss=line["loss"], refresh=False)
+                if line["skipped"]:
+                    print0(f"{stage}: {line['skipped']:.0%} of the gradients up to step {done} "
+                           "were not finite and changed nothing")
             # Save, also when a scheduler asks one of the ranks to leave
             failed, leaving, due = answers()
             if leaving or due or done % config.save_every == 0 or done == steps:
@@ -351,14 +354,14 @@ def train_dit(config, stage, latents, device):
     net = common.build_nets(config, device, motion)
     for part in net.values():
         part.init()
-    tae_id = common.broadcast(lambda: common.identity(f"{config.run}/tae.pt"))
+    tae_id = common.broadcast(common.identity, f"{config.run}/tae.pt")
     parent_id = tae_id
     first = 0
     if stage != "base":         # sec. 4.2: the base, but for the new motion layers; all are trained
         saved = common.read_stage(config.run, "base")
         new = ("dit.motion_in.weight", "dit.motion_out.weight")
         common.load_into(net, saved["weights"], f"{config.run}/base.pt", new)
-        parent_id = common.broadcast(lambda: common.identity(f"{config.run}/base.pt"))
+        parent_id = common.broadcast(common.identity, f"{config.run}/base.pt")
         first = saved["step"]
         del saved
     C, *size = common.latent_size(config)
@@ -425,16 +428,19 @@ def is_finished(config, stage):
     return False
 
 
-def check_batches(config, stages):
-    """ValueError, one line, where a batch does not fit the ranks: before the first stage begins."""
+def unfinished(config, stages):
+    """Those of the stages that are to be trained. ValueError, one line, where the batch of one of
+    them does not fit the ranks."""
+    todo = [stage for stage in stages if not is_finished(config, stage)]
     wrong = []
-    for stage in stages:
+    for stage in todo:
         try:
             micro_batches(config, stage)
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
+    return todo
 
 
 def fits_one_device(config, device):
@@ -452,11 +458,10 @@ def main(arguments):
     began = time.time()
     config, device = common.start_from(arguments)
     stages = [stage for stage in common.STAGES if stage in config.stages.split(",")]
-    todo = common.broadcast(lambda: [s for s in stages if not is_finished(config, s)])
-    check_batches(config, todo)
+    todo = common.broadcast(unfinished, config, stages)
     clips = data.open_data(config, "train", device)
-    common.broadcast(
-        lambda: common.write_text(f"{config.run}/config.json", json.dumps(config, indent=1)))
+    text = json.dumps(config, indent=1)
+    common.broadcast(common.write_text, f"{config.run}/config.json", text)
     print0(f"run {config.run}, {WORLD} x {device}, stages {config.stages}")
     latents = None
     for stage in stages:

@@ -25,7 +25,6 @@ import torch
 from tqdm.contrib.concurrent import thread_map
 
 import common
-import data
 from common import RANK, WORLD
 from flow import estimate_flow, flow_to_rgb
 
@@ -259,10 +258,9 @@ def warn(names, problem, advice):
 
 def latent_files(config, clips):
     """(paths, made or not; what they depend on). ValueError where the folder has other latents."""
-    count = config.data.cache
+    count = clips.count or config.data.cache
     content = [config.seed, config.world]
     if config.data.root:
-        count = len(clips)
         content = [clips.windows, sorted(clips.prints.items()), clips.captions, config.fps]
     about = dict(
         tae=common.identity(pathlib.Path(config.run, "tae.pt")), clips=count,
@@ -283,7 +281,8 @@ def open_latents(config, tae, clips, device):
     """The run's files of latents, in order, each a dict: z (b, 2C, T, H, W) float16, caption.
     Missing ones are made, each by one rank. Mapped: only rows that are used come into memory.
     ValueError: files of another TAE, of other clips or sizes."""
-    paths, about = common.broadcast(lambda: latent_files(config, clips))
+    import data
+    paths, about = common.broadcast(latent_files, config, clips)
     mine = [path for path in paths[RANK::WORLD] if not path.exists()]
     for path in common.progress(mine, f"encoding {about['clips']} clips", unit="file"):
         first = int(path.stem) * CLIPS_PER_FILE
@@ -295,12 +294,16 @@ def open_latents(config, tae, clips, device):
             captions += batch["caption"]
         common.save(path, dict(z=torch.cat(latents), caption=captions))
     common.barrier()
-    return common.patiently(
-        lambda: [torch.load(path, mmap=True, weights_only=True) for path in paths])
+    return [common.patiently(load, path) for path in paths]
+
+
+def load(path):
+    return torch.load(path, mmap=True, weights_only=True)
 
 
 def show(arguments):
     """folder.png: 16 clips, their frames over their optical flow."""
+    import data
     config = common.load_config(arguments)
     if not config.data.root:
         raise ValueError("found no data.root, expected a folder of videos: data.root=clips")

@@ -243,8 +243,9 @@ def test_a_run_folder_knows_its_config(script, run, quiet, capsys):
 def test_a_run_is_what_it_was_made_with(run):
     """Steps, rates, memory and logging keys may change; any other key must agree (DESIGN's list).
     Reference: each key in turn with another value."""
-    free = """device stages micro_batch checkpointing compile tae.steps tae.lr base.steps base.lr
-        videojam.steps videojam.lr text.lr log_every save_every sample_every""".split()
+    free = """device stages micro_batch tae.micro_batch checkpointing compile tae.steps tae.lr
+        base.steps base.lr videojam.steps videojam.lr text.lr clip log_every save_every save_minutes
+        sample_every""".split()
     other = {int: "88", float: "0.88", bool: "true", list: "[88]", str: "hour"}
     words = dict(stages="tae", compile="always")
     made = common.flatten(common.load_config([f"run={run}"]))

@@ -123,10 +123,11 @@ def test_permute_with_a_known_ratio(run, monkeypatch):
     """A net that always says 0, on latents that are 2 everywhere, or 3 if shuffled: its losses are
     E (z1 - z0)² = 5 and 10. 8 %: z0 is drawn. The ratio's interval is that of pairs, so narrow."""
     config = common.load_run(run).config
-    stub = types.SimpleNamespace(config=config, motion=False, device="cpu", tae=None,
+    stub = types.SimpleNamespace(config=config, motion=False, tae=None,
+                                 device=torch.device("cpu"),
                                  dit=lambda z, t, *text: 0 * z, text=lambda captions: ())
 
-    def encode(tae, batch, sigma):
+    def encode(config, tae, batch):
         return torch.full((len(batch["video"]), 8, 2, 4, 4), 2.0 if "caption" in batch else 3.0)
 
     monkeypatch.setattr(probe, "load_models", lambda *a: ({"base": stub}, config))
@@ -284,20 +285,21 @@ def test_planned_activations_against_autograd(bf16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             net(x, torch.zeros(1, 6, 128), torch.zeros(1, 8, 128), torch.ones(1, 8).bool())
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert probe.memory(config, 1)["activations"] == pytest.approx(size, rel=0.08)
+    assert probe.dit_memory(config, 1)["activations"] == pytest.approx(size, rel=0.08)
 
 
 def test_planned_memory():
     """Weights, gradients, two of AdamW and the average: 20 bytes a parameter, over all GPUs; the
     micro-batch and checkpointing bound the activations. Reference: the nets' own parameters."""
     def planned(*arguments, gpus=1):
-        return probe.memory(common.load_config(["preset=small", *arguments]), gpus)
+        return probe.dit_memory(common.load_config(["preset=small", *arguments]), gpus)
 
     config = common.load_config(["preset=small"])
     nets = common.build_text(config), common.build_dit(config, motion=True)
     whole = 4 * sum(p.numel() for net in nets for p in net.parameters())
     alone, eight = planned(), planned(gpus=8)
-    assert alone["together"] - alone["activations"] == 5 * whole
+    state = [alone[key] for key in ("weights", "gradients", "AdamW", "averaged weights")]
+    assert sum(state) == 5 * whole and alone["copies"] == whole / 2     # in bf16
     assert eight["weights"] == whole / 8 and eight["activations"] == alone["activations"] / 8
     assert planned("micro_batch=32")["activations"] == alone["activations"] / 4
     assert planned("checkpointing=true")["activations"] < 0.3 * alone["activations"]

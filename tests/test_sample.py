@@ -230,7 +230,7 @@ def test_a_clip_depends_on_its_prompt_and_seed_alone(trained, monkeypatch):
     assert (video[0] - video[2]).abs().max() > 1e-2
     alone, _ = sample.generate(model, prompts[1:2], [2], bar=False)
     close(alone[0], video[1])
-    monkeypatch.setattr(sample, "AT_ONCE", 2)
+    monkeypatch.setattr(common, "PIXELS_AT_ONCE", 2 * 8 * 16 * 16)
     for one, other in zip(sample.generate(model, prompts, [1, 2, 3], bar=False), (video, motion)):
         close(one, other)
     no_motion = sample.settings(model, use_motion=False)

@@ -174,11 +174,12 @@ def test_two_ranks_in_bf16(trained, pair):
 
 
 def test_one_rank_told_tells_all(pair):
-    """SIGTERM reached rank 1 alone in its sixth step: both left after it, with one whole state."""
+    """SIGTERM reached rank 1 alone in its sixth step: both left after the next one, when they had
+    heard of it, with one whole state."""
     run = pair[0] / "told"
-    assert pair[1].count("base: SIGTERM after step 6 of 40, saved") == 2
-    assert states(run, "base") == ["step-6"] and not (run / "base.pt").exists()
-    assert len(list(state(run, "base").glob("step-6/*.distcp"))) == 2
+    assert pair[1].count("base: SIGTERM after step 7 of 40, saved") == 2
+    assert states(run, "base") == ["step-7"] and not (run / "base.pt").exists()
+    assert len(list(state(run, "base").glob("step-7/*.distcp"))) == 2
 
 
 def test_micro_batches_meet_on_every_rank(monkeypatch):
@@ -190,7 +191,8 @@ def test_micro_batches_meet_on_every_rank(monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(train, "RANK", rank)
             try:
-                parts.append(train.micro_batches(common.Config(micro_batch=size), batch))
+                config = common.Config(batch=batch, micro_batch=size)
+                parts.append(train.micro_batches(config, "base"))
             except ValueError as error:
                 assert f"found {batch} clips over {world} ranks" in str(error) and batch % world
         if parts:
@@ -230,6 +232,8 @@ def test_a_net_filled_later_is_the_same():
         part.init()
     torch.manual_seed(0)
     later = common.build_nets(config, torch.device("cpu"), motion=True)
+    for part in later.values():
+        part.init()
     assert_equal(later.state_dict(), plain.state_dict())
 
 
@@ -385,17 +389,14 @@ def test_a_full_disk(run, straight, monkeypatch, holder, name, words, left):
 
 @pytest.fixture
 def cached(run, monkeypatch):
-    """The run's config, after two ranks wrote the latents of 8 clips, three to a file."""
+    """The run's config, after a training that left the latents of 8 clips, three to a file."""
     monkeypatch.setattr(videos, "CLIPS_PER_FILE", 3)
-    monkeypatch.setattr(videos, "WORLD", 2)
-    for rank in (1, 0):
-        monkeypatch.setattr(videos, "RANK", rank)
-        videos.main([*TINY, f"run={run}"])
+    train.main([*TINY, f"run={run}", "stages=base"])
     return common.load_config([*TINY, f"run={run}"])
 
 
-def test_latents_in_files_train_the_same(trained, cached, run, tmp_path):
-    """References: the clips encoded here; training that keeps its latents in memory, to the last
+def test_latents_in_files_train_the_same(trained, cached, run):
+    """References: the clips encoded here; training whose latents stand in one file, to the last
     bit."""
     device = torch.device("cpu")
     tae = common.load_tae(cached, device)
@@ -404,26 +405,19 @@ def test_latents_in_files_train_the_same(trained, cached, run, tmp_path):
     z, captions = latents([7, 0, 4])
     assert captions == batch["caption"] and latents.count == 8 and len(latents.parts) == 3
     assert sys.platform != "linux" or str(run) in open("/proc/self/maps").read()     # not copied
-    encoded = data.encode(tae, batch, cached.flow.sigma)
-    torch.testing.assert_close(z, encoded, atol=1e-3, rtol=1e-3)                # float16
-    memory = folder(trained, tmp_path / "memory", "tae")
-    for path in (run, memory):
-        train.main([*TINY, f"run={path}", "stages=base,videojam"])
-    for stage in ("base", "videojam"):
-        assert_equal(weights(run, stage), weights(memory, stage))
+    torch.testing.assert_close(z, data.encode(cached, tae, batch), atol=1e-3, rtol=1e-3)  # float16
+    assert_equal(weights(run, "base"), weights(trained[0], "base"))
 
 
 def test_writing_latents_goes_on(cached, run):
-    """Whole files are kept, missing ones are made again, and training refuses to start without
-    them. Reference: the files' own content and times."""
+    """Whole files are kept, missing ones are made again by the next start. Reference: the files'
+    own content and times."""
     first, second, third = sorted((run / "latents").glob("*.pt"))
     before = torch.load(first, weights_only=True)["z"]
     time_of_second = second.stat().st_mtime_ns
     first.rename(f"{first}.tmp")                # killed before the rename
     third.unlink()
-    with pytest.raises(ValueError, match="lacks 2 of its files: python videos.py run=.* goes on"):
-        train.main([*TINY, f"run={run}", "stages=base"])
-    videos.write_latents(cached)
+    train.main([*TINY, f"run={run}", "stages=videojam"])
     assert torch.equal(torch.load(first, weights_only=True)["z"], before) and third.exists()
     assert second.stat().st_mtime_ns == time_of_second
     assert not list(run.glob("latents/*.tmp"))
@@ -433,16 +427,17 @@ def test_writing_latents_goes_on(cached, run):
     ("tae", []), ("size", ["frames=4"]), ("clips", ["data.cache=7"]),
     ("sigma", ["flow.sigma=0.2"]), ("data", ["world.texture=0.5"])])
 def test_latents_of_something_else_are_refused(cached, run, what, changed):
-    """By training and by videos.py, in one line that names it; no file is touched."""
+    """In one line that names it; no file is touched."""
     if what == "tae":
         saved = torch.load(run / "tae.pt", weights_only=True)
         saved["weights"]["statistics"] += 1
         common.save(run / "tae.pt", saved)
+    (run / "base.pt").unlink()
+    (run / "config.json").unlink()
     before = {path: path.read_bytes() for path in run.glob("latents/*")}
-    for main in (videos.main, train.main):
-        with pytest.raises(ValueError, match=f"another {what}: found .*, expected .*; delete") as e:
-            main([*TINY, *changed, f"run={run}", "stages=base"])
-        assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=f"another {what}: found .*, expected .*; delete") as error:
+        train.main([*TINY, *changed, f"run={run}", "stages=base"])
+    assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in run.glob("latents/*")} == before
     assert len(before) == 4 and not (run / "base.pt").exists()
 
