@@ -151,7 +151,8 @@ class ByteText(nn.Module):
         ids = self.tokenize(prompts, self.length if self.position.is_cuda else 0)  # (B, L)
         ids = ids.to(self.position.device, non_blocking=True)
         mask = ids != 0
-        x = F.embedding(ids, self.embed) + self.position[:ids.shape[1]]  # (B, L, D)
+        x = F.embedding(ids, self.embed) + self.position[:ids.shape[1]]
+        x = x.float()  # (B, L, D), a sum in fp32 as in the DiT
         for block in self.blocks:
             x = block(x, mask[:, None, None])
         return self.norm(x), mask

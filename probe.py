@@ -10,7 +10,8 @@
 
 plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 (the share of a
 GPU's peak that is reached), speed also steps=20 tflops=989 (that peak). The others take the flags
-below; those from --split on are for report alone. ablate's CSV has every clip, its tables are printed.
+below; those from --split on are for report alone. ablate's CSV has every clip, its tables are
+printed.
 
 Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
 as VideoJAM. All models get the same prompts and the same noise, so differences are paired.
@@ -443,29 +444,26 @@ def forward_flops(config, motion):
 
 
 class Bytes(TorchDispatchMode):
-    """Counts what tensors take that are made inside, at most at the same time; also on "meta"."""
-    def __init__(self):
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.alive = set()
+    """Counts what tensors take that are made inside, now and at most; also on the device "meta"."""
+    now = 0
+    peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor):
-                storage = tensor.untyped_storage()      # views share theirs
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.alive:
-                    self.alive.add(key)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, key, size)
+        old = {storage._cdata for storage in storages_of((args, kwargs))}
+        for storage in storages_of(out):
+            if storage._cdata not in old:               # no view, nothing in place
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         return out
 
-    def free(self, key, size):
-        self.alive.remove(key)
-        self.now -= size
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def storages_of(tree):
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 
 def tae_costs(config, clips, training):
@@ -500,9 +498,13 @@ def dit_memory(config, gpus, motion=True):
     fp32 = config.precision == "fp32"
     inside = 4 * (11 * D + 4 * hidden) if fp32 else 2 * (14 * D + 4 * hidden)
     block = N * (4 * 8 * D + inside)
+    # Of every token of the text the keys and values, and in its own encoder 19 vectors a block.
+    L, d, size = config.text.length, config.text.dim, 4 if fp32 else 2
+    block += L * size * 2 * D
     blocks = len(dit.blocks) * block
     if config.checkpointing:                            # the inputs, and one block at a time
         blocks = len(dit.blocks) * N * 4 * D + block
+    blocks += len(text.blocks) * L * (4 * 4 + size * 15) * d
     clips = math.ceil(config.batch / gpus)
     clips = min(clips, config.micro_batch or clips)
     share = 4 * parameters(text, dit) / gpus            # in fp32

@@ -3,7 +3,7 @@
     python sample.py "a red square moving right"            # mp4 and png in runs/tiny/samples
     python sample.py "a blue circle falling" --out fall.gif --w-motion 0 --seed 3
     python sample.py --prompts prompts.txt --out vbench     # a folder as VBench reads it
-    torchrun --nproc_per_node=8 sample.py "a red square falling"    # a net too large for one GPU
+    torchrun --nproc_per_node=8 -- sample.py "a red square falling" --run runs/30b
     python probe.py report --stages base                    # numbers instead of pictures
 
 Letters: B clips, C latent channels of one stream, T H W latent frames, height, width; z = [x, d]

@@ -485,7 +485,7 @@ def main(arguments):
         import probe                            # here, because probe.py imports this file
         probe.main(["report", "--run", config.run, "--device", config.device])
     prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
-    launch = "python" if fits else f"torchrun --nproc_per_node={torch.cuda.device_count()}"
+    launch = "python" if fits else f"torchrun --nproc_per_node={torch.cuda.device_count()} --"
     if not fits:
         print("no report: the nets do not fit on one GPU")
     if stages != ["tae"]:

@@ -1,0 +1,402 @@
+"""What only GPUs and many ranks need, shown without them: sizes on the device "meta", a stand-in for
+the other ranks, injected errors. Two real ranks are in test_scale.py."""
+import copy
+import itertools
+import math
+import shutil
+import threading
+import time
+import types
+import weakref
+
+import pytest
+import torch
+
+import common
+import data
+import flow
+import model
+import probe
+import sample
+import train
+from conftest import TINY, folder, read_log, states
+
+CUDA = torch.device("cuda")
+
+
+def config_of(*arguments):
+    return common.load_config([*arguments, "run=runs/none"])
+
+
+def go(run, *arguments):
+    train.main([*TINY, f"run={run}", *arguments])
+
+
+@pytest.fixture
+def run(trained, tmp_path, quiet):
+    """A folder with a trained TAE."""
+    return folder(trained, tmp_path / "run", "tae")
+
+
+# -------------------------------------------------------------------------------------------------
+# The large presets
+
+
+@pytest.mark.parametrize("preset, gpus", [("4b", 32), ("30b", 256)])
+def test_the_papers_gpus_have_work_in_every_stage(monkeypatch, preset, gpus):
+    """App. C's number of GPUs: at least a clip for each, one at a time through the TAE. Where a
+    batch is too small, all such stages are named before the first of them begins."""
+    monkeypatch.setattr(train, "WORLD", gpus)
+    config = config_of(f"preset={preset}")
+    assert train.unfinished(config, common.STAGES) == list(common.STAGES)
+    assert {len(rows) for rows in train.micro_batches(config, "tae")} == {1}
+    config = config_of(f"preset={preset}", "tae.batch=16", "batch=8")
+    with pytest.raises(ValueError) as error:
+        train.unfinished(config, common.STAGES)
+    assert str(error.value).count(f"clips over {gpus} ranks") == 4 and "\n" not in str(error.value)
+
+
+def test_the_tae_trains_on_a_tile_at_a_random_place(run, monkeypatch):
+    """Of clips of 24 frames 8 are trained on, picture and painted flow alike. Reference: the
+    world's own clips, whose slices are compared."""
+    (run / "tae.pt").unlink()
+    seen = []
+    tae_loss = train.tae_loss
+
+    def watched(config, tae, video, noise):
+        seen.append(video)
+        return tae_loss(config, tae, video, noise)
+
+    monkeypatch.setattr(train, "tae_loss", watched)
+    go(run, "stages=tae", "frames=24", "tae.steps=6")
+    world = data.MovingShapes(24, 16, 16)
+    starts = []
+    for step, video in enumerate(seen):
+        assert video.shape == (2, 3, 8, 16, 16)
+        for row, tile in enumerate(video):
+            clip = world[2 * step + row]
+            whole = flow.flow_to_rgb(clip["flow"][None], 0.1)[0] if row else clip["video"]
+            gaps = [(whole[:, i:i + 8] - tile).abs().max().item() for i in range(17)]
+            assert min(gaps) < 1e-5
+            starts.append(gaps.index(min(gaps)))
+    assert len(set(starts)) > 4
+
+
+def test_fits_one_device(monkeypatch):
+    """The report's nets in bf16 against 70 % of the card. Reference: 2 bytes times the paper's
+    4.9 B parameters for each of two stages, by hand."""
+    def fits(preset, gigabytes):
+        card = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        return train.fits_one_device(config_of(f"preset={preset}"), CUDA)
+
+    assert fits("small", 2) and fits("4b", 19.7 / 0.7) and not fits("4b", 19.5 / 0.7)
+    assert not fits("30b", 80)
+    assert train.fits_one_device(config_of("preset=30b"), torch.device("cpu"))
+
+
+def peak(work):
+    """The most bytes that work() allocates at a time on this CPU, by torch's profiler."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        work()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def test_planned_memory_of_the_tae():
+    """A training step and encoding, counted without memory. Reference: torch's profiler while a
+    real TAE does the same in fp32; 10 %."""
+    config = config_of("preset=small", "precision=fp32", "frames=8", "tae.widths=[16,32,32,32]")
+    tae = common.build_tae(config)
+    video = torch.rand(2, 3, 8, 64, 64)
+
+    def step():
+        tae.reconstruct(tae.moments(video)[0]).square().mean().backward()
+
+    def encode():
+        with torch.no_grad():
+            tae.encode(video)
+
+    own = probe.parameters(tae)
+    for work, training, kept in ((step, True, 20), (encode, False, 4)):
+        planned = probe.tae_costs(config, 2, training)[1] - kept * own
+        assert planned == pytest.approx(peak(work), rel=0.1)
+
+
+class Fused(torch.autograd.Function):
+    """Attention as the fused kernels of GPUs keep it: inputs and output, no N x N weights."""
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+@pytest.mark.parametrize("preset", ["small", "4b", "30b"])
+def test_planned_memory_of_the_dit(monkeypatch, preset):
+    """Reference: bytes of the nets on the device "meta", and what their forward pass leaves there
+    for the backward pass, in fp32 and without checkpointing; 10 %."""
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
+                        lambda q, k, v, attn_mask: Fused.apply(q, k, v))
+    config = config_of(f"preset={preset}", "precision=fp32", "batch=1", "checkpointing=false")
+    with torch.device("meta"):
+        text, dit = common.build_text(config), common.build_dit(config, motion=True)
+        C, *size = dit.size
+        inputs = torch.empty(1, 2 * C, *size), torch.empty(1)
+    with probe.Bytes() as made:
+        u = dit(*inputs, *text(["x" * (config.text.length - 1)]))
+    own = 4 * sum(p.numel() for p in [*text.parameters(), *dit.parameters()])
+    parts = probe.dit_memory(config, 1)
+    assert u.is_meta and parts["together"] - parts["activations"] - parts["TAE"] == 5 * own
+    assert parts["activations"] == pytest.approx(made.now, rel=0.1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Numbers that do not depend on where the net runs
+
+
+def test_a_deep_net_loses_little_by_bf16_weights():
+    """32 blocks: sharded, where blocks get their weights in bf16, the error is hardly larger than
+    alone, where autocast rounds them. Reference: fp32. Were the sum over the blocks in bf16, it
+    would be 1.7 %."""
+    torch.manual_seed(0)
+    net = model.DiT(4, 2, 8, 8, 64, 32, 2, [16]).add_motion().requires_grad_(False)
+    for name, p in net.named_parameters():
+        if name.endswith("table") or "pos_" in name:
+            torch.nn.init.normal_(p, std=0.2)
+        elif p.ndim == 2:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    inputs = (torch.randn(2, 8, 2, 8, 8), torch.tensor([0.2, 0.7]), torch.randn(2, 5, 16),
+              torch.ones(2, 5, dtype=torch.bool))
+    u = net(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone, sharded = net(*inputs), copy.deepcopy(net).bfloat16()(*inputs)
+    errors = [((v.float() - u).norm() / u.norm()).item() for v in (alone, sharded)]
+    assert errors[0] < 0.005 and errors[1] < 0.007
+
+
+def test_guidance_is_summed_in_fp32():
+    """Eq. 8 of a DiT that answers in bf16. Reference: the same numbers, combined in fp32."""
+    config = config_of(*TINY)
+    answers = torch.randn(3, 8, 2, 4, 4).bfloat16()
+    stub = types.SimpleNamespace(config=config, motion=True, device=torch.device("cpu"),
+                                 dit=lambda *inputs: answers)
+    s = sample.settings(stub, w_text=5, w_motion=3)
+    z = torch.zeros(1, 8, 2, 4, 4)
+    found = sample.guided_velocity(stub, z, torch.zeros(()), torch.zeros(2, 1, 1),
+                                   torch.ones(2, 1).bool(), s, first_half=True)
+    u, no_text, no_motion = answers.float().split(1)
+    torch.testing.assert_close(found, 9 * u - 5 * no_text - 3 * no_motion, rtol=0, atol=1e-6)
+
+
+def test_a_run_in_bf16_is_loaded_in_bf16(trained, tmp_path):
+    """Half the memory, nearly the same clip. Reference: the run in fp32; d's picture within 5 %."""
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    text = (run / "config.json").read_text()
+    clips = []
+    for precision in ("fp32", "bf16"):
+        (run / "config.json").write_text(text.replace('"fp32"', f'"{precision}"'))
+        loaded = common.load_run(run, device="cpu")
+        clips.append(sample.generate(loaded, ["a red square moving up"], [0], bar=False)[0])
+    nets = [*loaded.dit.parameters(), *loaded.text.parameters()]
+    assert {w.dtype for w in nets} == {torch.bfloat16} and clips[1].dtype == torch.float32
+    gap = (clips[0] - clips[1]).norm() / clips[0].norm()
+    assert 0 < gap < 0.05
+
+
+def test_text_of_one_length():
+    """As on CUDA: padded to text.length, whatever the prompts. Reference: the features of the same
+    prompts padded to the longest."""
+    text = model.ByteText(8, 1, 2, 16)
+    assert text.tokenize(["abc", ""], 16).tolist() == [[100, 101, 102, 1] + 12 * [0], [1] + 15 * [0]]
+    short = text(["abc", ""])[0]
+    text.tokenize = lambda prompts, least: model.ByteText.tokenize(text, prompts, 16)
+    features, mask = text(["abc", ""])
+    assert mask.sum(1).tolist() == [4, 1]
+    torch.testing.assert_close(features[:, :4], short)
+
+
+@pytest.mark.parametrize("side, most", [(256, 12), (1024, 3), (1536, 1)])
+def test_pairs_of_raft_stay_below_cudnns_limit(side, most):
+    """Fewer than 65,536 cells of 8 x 8 pixels at once. Reference: counting them."""
+    asked = []
+
+    def raft(frame1, frame2, iters):
+        asked.append(len(frame1))
+        return frame1[:, :2]
+
+    flow.estimate_flow(torch.zeros(1, 3, 14, side, side), raft)
+    assert sum(asked) == 13 and max(asked) == most
+    assert most * (side // 8) ** 2 < 65536
+
+
+def test_convolutions_get_the_channels_last():
+    """On the way up as well, also where interpolation would return another layout, as on CUDA."""
+    up = model.Up(8, 4, 2, 2)
+    seen = []
+    up.conv.register_forward_pre_hook(lambda conv, inputs: seen.append(inputs[0]))
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        up(torch.randn(1, 8, 2, 4, 4).contiguous(memory_format=layout))
+    assert all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in seen)
+
+
+# -------------------------------------------------------------------------------------------------
+# Steps that do not wait
+
+
+def test_reading_ahead_changes_no_number(trained, run, tmp_path, quiet, monkeypatch):
+    """A training whose batches a thread reads two steps ahead. Reference: the one without."""
+    read_ahead = common.read_ahead
+    threads = set()
+
+    def ahead(read, cuts, steps, depth):
+        def watched(step, rows):
+            threads.add(threading.current_thread())
+            return read(step, rows)
+        return read_ahead(watched, cuts, steps, depth=2)
+
+    monkeypatch.setattr(common, "read_ahead", ahead)
+    go(run, "stages=base,videojam")
+    assert threading.main_thread() not in threads and len(threads) == 2
+    for stage in ("base", "videojam"):
+        saved, other = [common.read_weights(f"{folder}/{stage}.pt") for folder in (run, trained[0])]
+        assert all(torch.equal(w, other["weights"][name]) for name, w in saved["weights"].items())
+
+
+def test_two_steps_are_read_ahead():
+    """While step k is worked on, k + 1 and k + 2 are there. An error is raised at its own step."""
+    done = []
+
+    def read(step, rows):
+        if step == 4:
+            raise ValueError("step 4")
+        done.append(step)
+        return step, rows
+
+    steps = common.read_ahead(read, [[0], [1]], range(5), depth=2)
+    assert next(steps) == [(0, [0]), (0, [1])]
+    while len(done) < 6:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert done == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match="step 4"):
+        list(steps)
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """As if there were other ranks: a list of the tensors that were summed over them."""
+    summed = []
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setattr(common, "together", lambda: True)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda x, *op: summed.append(x.clone()))
+    return summed
+
+
+def test_one_all_reduce_for_all_gradients(others):
+    """Of a net that is whole on every rank. Reference: halves, as the stand-in adds nothing."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 5))
+    net.to(memory_format=torch.channels_last)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    before = [p.grad.clone() for p in net.parameters()]
+    common.average_and_limit_gradients(net, 1e9)
+    assert [len(x) for x in others] == [sum(grad.numel() for grad in before)]
+    for p, grad in zip(net.parameters(), before):
+        torch.testing.assert_close(p.grad, grad / 2)
+
+
+def test_the_ranks_ask_each_other_once_a_step(others):
+    """Everything in one tensor, whose largest values are read when they are wanted."""
+    answers = common.ask_all(torch.tensor(3.0), True, False)
+    assert [x.tolist() for x in others] == [[3, 1, 0]] and answers() == [3, 1, 0]
+
+
+@pytest.mark.parametrize("terminal, seconds", [(True, 0.5), (False, 30)])
+def test_the_bar_is_redrawn_rarely(monkeypatch, terminal, seconds):
+    """Twice a second, or in a file twice a minute."""
+    monkeypatch.setattr(common.sys.stderr, "isatty", lambda: terminal)
+    bar = common.progress(range(3), "a bar", leave=False)
+    assert bar.mininterval == bar.maxinterval == seconds
+    bar.close()
+
+
+# -------------------------------------------------------------------------------------------------
+# Long runs
+
+
+def test_states_are_saved_by_minutes_too(run):
+    """save_minutes=0: a save after every step that has heard of it, though save_every is large."""
+    go(run, "stages=base", "base.steps=4", "save_every=99", "save_minutes=0")
+    assert states(run, "base") == ["step-3", "step-4"]
+
+
+def test_a_sheet_that_fails_does_not_end_the_training(run, monkeypatch, capsys):
+    """No room for pictures: one line, and the weights are there."""
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.undo()                                  # with samples, this time
+    monkeypatch.setattr(common, "write_clips", full)
+    monkeypatch.setitem(__import__("sys").modules, "probe", types.SimpleNamespace(main=print))
+    go(run, "stages=base")
+    assert "base-2.mp4 could not be written, training goes on (no space left)" in \
+        capsys.readouterr().out
+    assert (run / "base.pt").exists()
+
+
+def test_optimizer_and_net_are_gone_before_the_report(run, monkeypatch):
+    """Else the report would need the memory of the training as well. Reference: weak references."""
+    made = []
+    make_optimizer = train.make_optimizer
+
+    def make(config, net, lr):
+        optimizer = make_optimizer(config, net, lr)
+        made.extend([weakref.ref(optimizer), weakref.ref(net)])
+        return optimizer
+
+    def report(arguments):
+        made.append([ref() for ref in made])
+
+    monkeypatch.setattr(train, "make_optimizer", make)
+    monkeypatch.setitem(__import__("sys").modules, "probe", types.SimpleNamespace(main=report))
+    go(run, "stages=base,videojam")
+    assert made[-1] == [None] * 4
+
+
+def test_patience_with_files_of_others(monkeypatch):
+    """Several ranks: tried again after 5, 15 and 40 seconds, then the error. Alone: at once."""
+    waits, calls = [], []
+    monkeypatch.setattr(common.time, "sleep", waits.append)
+
+    def read(until):
+        calls.append(1)
+        if len(calls) < until:
+            raise OSError("not there")
+        return "content"
+
+    with pytest.raises(OSError):
+        common.patiently(read, 2)
+    assert (len(calls), waits) == (1, [])
+    monkeypatch.setattr(common, "together", lambda: True)
+    assert common.patiently(read, 4) == "content" and waits == [5, 15]
+    with pytest.raises(OSError):
+        common.patiently(read, 99)
+    assert waits == [5, 15, 5, 15, 40]
+
+
+@pytest.mark.parametrize("setting, compiler, version, compiled", [
+    ("auto", "gcc", "2.12.0", True), ("auto", None, "2.12.0", False), ("auto", "gcc", "2.9.1", False),
+    ("never", "gcc", "2.12.0", False), ("always", None, "2.12.0", True)])
+def test_compile_auto(monkeypatch, capsys, setting, compiler, version, compiled):
+    """On CUDA where a C compiler is found, and with checkpointing from torch 2.12 on; says so."""
+    config = config_of("checkpointing=true", f"compile={setting}")
+    monkeypatch.setattr(shutil, "which", lambda name: compiler if name == "gcc" else None)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    assert common.compiles(config, CUDA) == compiled
+    assert ("not compiled, slower" in capsys.readouterr().out) == (setting == "auto" and not compiled)
+    assert not common.compiles(config_of(), torch.device("cpu"))
