@@ -21,11 +21,13 @@ import pickle
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import types
 import warnings
 import zipfile
 import zlib
+from importlib.util import find_spec
 
 import imageio.v3 as iio
 import numpy as np
@@ -307,7 +309,9 @@ def stop():
 
 
 def uses_bf16(config, device):
-    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    if config.precision == "auto":      # GPUs before the A100 only imitate it
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return config.precision == "bf16"
 
 
 def autocast(config, device):
@@ -320,8 +324,10 @@ def compiles(config, device):
     if config.compile != "auto" or device.type != "cuda":
         return config.compile == "always"
     why_not = None
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        why_not = "found no C compiler: install gcc"
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+    if not (any(map(shutil.which, compilers)) and header.exists() and find_spec("triton")):
+        why_not = "needs triton, a C compiler and Python.h: install gcc and python3-dev"
     elif config.checkpointing and torch.__version__ < "2.12":
         why_not = f"torch {torch.__version__} forgets checkpointing there, expected 2.12"
     if why_not:
@@ -346,8 +352,10 @@ def build_nets(config, device, motion=False, training=True):
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for module in [*net.dit.blocks, net.text, net.dit]:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    elif not training:                  # what autocast would compute with, in half the memory
-        net.to(dtype)
+    elif not training:                  # as autocast would round them, in half the memory
+        for module in net.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
     return net.to_empty(device=device)
 
 
@@ -365,10 +373,10 @@ def average_and_limit_gradients(net, limit):
 
 
 def to_device(tensor, device):
-    """A tensor of the CPU, on its way to the device: Python does not wait for the copy."""
+    """A tensor of the CPU on the device; Python does not wait for a copy to a GPU."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def read_ahead(read, cuts, steps, depth):
@@ -396,7 +404,7 @@ def ask_all(bad_steps, *flags):
     numbers = torch.stack([bad_steps, *(bad_steps.new_zeros(()) + flag for flag in flags)])
     if together():
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    copy = numbers.to("cpu", non_blocking=True)
+    copy = numbers.to("cpu", non_blocking=numbers.is_cuda)
     copied = torch.cuda.Event() if numbers.is_cuda else None
     if copied:
         copied.record()

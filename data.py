@@ -608,8 +608,12 @@ def open_data(config, split="train", device="cpu"):
 def encode(config, tae, batch):
     """Clips -> z (B, 2C, T, H, W), each stream normalised by its own statistics."""
     rgb = flow_to_rgb(batch["flow"], config.flow.sigma)
+    few = common.clips_at_once(config)
+    z = []
     with common.autocast(config, rgb.device):
-        return torch.cat([tae.encode(batch["video"]), tae.encode(rgb, motion=True)], dim=1)
+        for video, motion in zip(batch["video"].split(few), rgb.split(few)):
+            z.append(torch.cat([tae.encode(video), tae.encode(motion, motion=True)], dim=1))
+    return torch.cat(z)
 
 
 @torch.no_grad()
@@ -632,7 +636,7 @@ def chunks(start, stop, config):
 
 
 class Latents:
-    """latents([0, 5]) -> z (2, 2C, T, H, W), two captions; `count` clips, 0: endless.
+    """z (B, 2C, T, H, W) and captions of `count` clips, 0: endless: `read`, then `bring`.
     From the run's files, which all ranks write first if need be; with data.cache=0 encoded when
     they are asked for. ValueError for files of other clips."""
 
@@ -665,9 +669,6 @@ class Latents:
             return common.to_device(got, self.device).float(), captions
         batch = self.clips.render(got, self.device)
         return encode(self.config, self.tae, batch), batch["caption"]
-
-    def __call__(self, numbers):
-        return self.bring(*self.read(numbers))
 
 
 def main(arguments):

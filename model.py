@@ -147,9 +147,11 @@ class ByteText(nn.Module):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, prompts):
-        # On CUDA all batches have one length: compilers and kernels stumble over changing ones.
-        ids = self.tokenize(prompts, self.length if self.position.is_cuda else 0)  # (B, L)
-        ids = ids.to(self.position.device, non_blocking=True)
+        if self.position.is_cuda:  # one length: compilers and kernels stumble over changing ones
+            ids = self.tokenize(prompts, self.length).pin_memory()  # (B, L)
+        else:
+            ids = self.tokenize(prompts)
+        ids = ids.to(self.position.device, non_blocking=self.position.is_cuda)
         mask = ids != 0
         x = F.embedding(ids, self.embed) + self.position[:ids.shape[1]]
         x = x.float()  # (B, L, D), a sum in fp32 as in the DiT

@@ -509,10 +509,10 @@ def dit_memory(config, gpus, motion=True):
     clips = min(clips, config.micro_batch or clips)
     share = 4 * parameters(text, dit) / gpus            # in fp32
     # Weights as they are computed with: alone all of them in bf16; sharded two blocks, and the
-    # gradients of one.
+    # gradients of one, once more in fp32 to be summed.
     copies = 0 if fp32 else 2 * parameters(text, dit)
     if gpus > 1:
-        copies = parameters(dit.blocks[0]) * (12 if fp32 else 8)
+        copies = parameters(dit.blocks[0]) * (16 if fp32 else 10)
     parts = {"weights": share, "gradients": share, "AdamW": 2 * share, "averaged weights": share,
              "copies": copies, "TAE": 4 * parameters(tae), "activations": clips * blocks}
     return {**parts, "together": sum(parts.values())}
@@ -590,8 +590,9 @@ def speed(config, device, steps, tflops):
     rate = 3 * B * forward_flops(config, motion=True) / 1e12 / seconds / common.WORLD
     row = dict(seconds=seconds, clips_per_s=B / seconds)
     row["tokens_per_s"] = row["clips_per_s"] * T * H * W / net.dit.patch ** 2
-    planned = dit_memory(config, common.WORLD)["together"] / 1e9
-    row.update(tflops=rate, mfu=rate / tflops, planned_gb=planned)
+    planned = dit_memory(config, common.WORLD)
+    here = planned["together"] - planned["averaged weights"] - planned["TAE"]
+    row.update(tflops=rate, mfu=rate / tflops, planned_gb=here / 1e9)
     if device.type == "cuda":
         row["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
     common.stop()

@@ -131,7 +131,8 @@ def make_optimizer(config, net, lr):
 def tally(values, counted):
     """values (B,), counted (B,), or (B, n) for n bins -> their sum and number, for Log."""
     counted = counted.float()
-    return values.detach().float() @ counted, counted.sum(0)
+    weighted = values.detach().float() * counted.t()    # no @, which autocast would do in bf16
+    return weighted.sum(-1), counted.sum(0)
 
 
 @torch.no_grad()
@@ -169,6 +170,7 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
     depth = 2 if device.type == "cuda" else 0
     batches = common.read_ahead(read, cuts, todo, depth)
     bad_steps = torch.zeros((), device=device)          # in a row
+    done = start
     saved = time.time()
     with common.catch_sigterm() as caught:
         answers = common.ask_all(bad_steps, bool(caught), False)
@@ -206,13 +208,8 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
             if leaving or due or done % config.save_every == 0 or done == steps:
                 checkpoint.save(done)
                 saved = time.time()
-            if leaving:
-                raise common.Stopped(f"{stage}: SIGTERM after step {done} of {steps}, saved; "
-                                     "the same command goes on")
-            if failed >= BAD_STEPS:
-                raise ValueError(f"{stage}: {BAD_STEPS} gradients in a row were not finite, up to "
-                                 f"step {step}, and changed nothing: go on with a lower learning "
-                                 "rate or clip")
+            if leaving or failed >= BAD_STEPS:
+                break
             # All ranks must do the same after the same step, so they ask each other; the answers
             # are read in the next step, when the GPU has them.
             due = time.time() - saved > 60 * config.save_minutes
@@ -223,6 +220,13 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
                 look(net.eval(), done)
                 net.train()
                 exchange(weights, average)
+    failed, leaving, _ = answers()
+    if failed >= BAD_STEPS:
+        raise ValueError(f"{stage}: at step {done}, {failed:.0f} gradients in a row were not "
+                         "finite and changed nothing: go on with a lower learning rate or clip")
+    if leaving:
+        raise common.Stopped(f"{stage}: SIGTERM after step {done} of {steps}, saved; the same "
+                             "command goes on")
     exchange(weights, average)          # the average is what is kept
     net.eval().requires_grad_(False)
 
@@ -450,7 +454,7 @@ def fits_one_device(config, device):
     with torch.device("meta"):
         dit = common.build_dit(config, motion=True)
     size = sum(p.numel() for p in dit.parameters()) * (2 if common.uses_bf16(config, device) else 4)
-    nets = len(set(config.stages.split(",")) - {"tae"})
+    nets = sum(pathlib.Path(config.run, f"{stage}.pt").exists() for stage in common.STAGES[1:])
     return nets * size < 0.7 * torch.cuda.get_device_properties(device).total_memory
 
 
@@ -475,11 +479,10 @@ def main(arguments):
             if latents is None:
                 latents = data.Latents(config, common.load_tae(config, device), clips, device)
             train_dit(config, stage, latents, device)
+            gc.collect()                        # sharded and compiled nets are cycles
     common.stop()
     if RANK > 0:
         return
-    del latents
-    gc.collect()                                # sharded nets hold themselves in cycles
     fits = fits_one_device(config, device)
     if stages != ["tae"] and not config.data.root and fits:
         import probe                            # here, because probe.py imports this file
