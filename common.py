@@ -665,9 +665,11 @@ class Checkpoint:
                    "it if you do not need it")
         steps = self.steps()
         for step in steps:
-            if is_whole(self.folder / f"step-{step}"):
+            try:
+                check_whole(self.folder / f"step-{step}")
                 return step
-            print0(f"{self.folder}/step-{step} is torn, trying the one before")
+            except OSError as error:
+                print0(f"{self.folder}/step-{step} is torn ({error}), trying the one before")
         if steps:
             raise ValueError(f"{self.folder} has no whole checkpoint: delete it to start again")
         return 0
@@ -701,10 +703,13 @@ class Checkpoint:
             reason = str(error).splitlines()[-1]
 
         def keep():
-            if reason or not is_whole(writing):
+            try:
+                if reason:
+                    raise OSError(reason)
+                patiently(check_whole, writing)
+            except OSError as error:
                 shutil.rmtree(writing, ignore_errors=True)
-                raise OSError(f"{path} could not be written ({reason or 'files are missing'}): "
-                              "is the disk full?")
+                raise OSError(f"{path} could not be written ({error}): is the disk full?") from None
             shutil.rmtree(path, ignore_errors=True)     # a torn one
             os.replace(writing, path)
             older = [old for old in self.steps() if old <= step]
@@ -714,17 +719,15 @@ class Checkpoint:
         broadcast(keep)
 
 
-def is_whole(folder):
-    """Are all parts there that the checkpoint's metadata names?"""
+def check_whole(folder):
+    """OSError where parts that the checkpoint's metadata names are missing or cut off."""
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
-        for part in metadata.storage_data.values():
-            size = (folder / part.relative_path).stat().st_size
-            if size < part.offset + part.length:
-                return False
-    except (OSError, EOFError, pickle.UnpicklingError):
-        return False
-    return True
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise OSError(f".metadata: {error}") from None
+    for part in metadata.storage_data.values():
+        if (folder / part.relative_path).stat().st_size < part.offset + part.length:
+            raise OSError(f"{part.relative_path} is cut off")
 
 
 # -------------------------------------------------------------------------------------------------

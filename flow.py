@@ -6,7 +6,6 @@ too. RAFT (Teed & Deng, 2020, arXiv 2003.12039) estimates the flow of real video
     raft = flow.load_raft("small", "raft_small.pth")    # without a path it is downloaded
     d = flow.estimate_flow(video, raft)
     picture = flow.flow_to_rgb(d)                       # what VideoJAM learns beside the video
-    python tests/raft_shift.py raft_small.pth           # does RAFT find a known shift?
 
 Letters: B videos, T frames of H x W pixels. d = (u, v) is optical flow in pixels per frame, u to
 the right, v down; m is its length from 0 to 1, alpha its angle. Pictures are in [-1, 1].
@@ -383,15 +382,14 @@ def estimate_flow(video, raft, iters=12, pairs=12):
     if T < 2:
         return video.new_zeros(B, 2, T, H, W)
     # RAFT sees small frames enlarged. Its flow is shrunk again: u with the width, v the height.
-    height = max(H, MIN_SIDE)
-    width = max(W, MIN_SIDE)
+    height, width = max(H, MIN_SIDE), max(W, MIN_SIDE)
     shrink = video.new_tensor([W / width, H / height]).view(2, 1, 1)
-    cells = math.ceil(height / 8) * math.ceil(width / 8)
-    pairs = max(1, min(pairs, 65535 // cells))                          # cuDNN's limit
+    cells = math.ceil(height / 8) * math.ceil(width / 8)                # cuDNN takes 65,535
 
     frames = video.transpose(1, 2)                                      # (B, T, 3, H, W)
     now = frames[:, :-1].flatten(0, 1)                                  # (B (T-1), 3, H, W)
     after = frames[:, 1:].flatten(0, 1)                                 # (B (T-1), 3, H, W)
+    pairs = max(1, min(pairs, 65535 // cells))
     found = []
     for frame1, frame2 in zip(now.split(pairs), after.split(pairs)):
         frame1 = F.interpolate(frame1, (height, width), mode="bilinear")

@@ -4,9 +4,6 @@
     DiT       Eq. 4: u = M(x_t W_in, y, t) W_out. `add_motion()` is the surgery of sec. 4.2.
     TAE       video <-> latent. The same net encodes appearance and painted optical flow.
 
-Nothing runs here: common.py builds the nets from a config. To print one:
-    python -c "import common; print(common.build_dit(common.load_config(['preset=small'])))"
-
 Letters: B batch, C latent channels, T H W latent frames, height, width (of pixels inside the TAE),
 p patch, N tokens = T H/p W/p, D width of the net, L text tokens, t time in [0, 1], 0 is noise.
 """
@@ -147,14 +144,11 @@ class ByteText(nn.Module):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, prompts):
-        if self.position.is_cuda:  # one length: compilers and kernels stumble over changing ones
-            ids = self.tokenize(prompts, self.length).pin_memory()  # (B, L)
-        else:
-            ids = self.tokenize(prompts)
-        ids = ids.to(self.position.device, non_blocking=self.position.is_cuda)
+        cuda = self.position.is_cuda  # whose compilers and kernels stumble over changing lengths
+        ids = self.tokenize(prompts, self.length if cuda else 0)  # (B, L)
+        ids = (ids.pin_memory() if cuda else ids).to(self.position.device, non_blocking=cuda)
         mask = ids != 0
-        x = F.embedding(ids, self.embed) + self.position[:ids.shape[1]]
-        x = x.float()  # (B, L, D), a sum in fp32 as in the DiT
+        x = (F.embedding(ids, self.embed) + self.position[:ids.shape[1]]).float()  # (B, L, D)
         for block in self.blocks:
             x = block(x, mask[:, None, None])
         return self.norm(x), mask
@@ -500,8 +494,6 @@ class TAE(nn.Module):
             new = self.reconstruct(latent[:, :, start:start + size])
             overlap = video.shape[2] - start * self.temporal
             weight = torch.linspace(0, 1, overlap).to(video)[:, None, None]
-            before = video[:, :, :-overlap]
-            after = new[:, :, overlap:]
             blend = torch.lerp(video[:, :, -overlap:], new[:, :, :overlap], weight)
-            video = torch.cat([before, blend, after], dim=2)
+            video = torch.cat([video[:, :, :-overlap], blend, new[:, :, overlap:]], dim=2)
         return video[:, :, :frames]  # without the frames that rounding up had added

@@ -458,6 +458,19 @@ def fits_one_device(config, device):
     return nets * size < 0.7 * torch.cuda.get_device_properties(device).total_memory
 
 
+def finish(config, device, stage):
+    """The report, where the nets fit on this device; and how to sample."""
+    prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
+    launch = "python"
+    if not fits_one_device(config, device):
+        launch = f"torchrun --nproc_per_node={torch.cuda.device_count()} --"
+        print("no report, as the nets do not fit on one GPU")
+    elif not config.data.root:
+        import probe                            # here, because probe.py imports this file
+        probe.main(["report", "--run", config.run, "--device", config.device])
+    print(f'Next: {launch} sample.py "{prompt}" --run {config.run} --stage {stage}')
+
+
 def main(arguments):
     began = time.time()
     config, device = common.start_from(arguments)
@@ -483,16 +496,8 @@ def main(arguments):
     common.stop()
     if RANK > 0:
         return
-    fits = fits_one_device(config, device)
-    if stages != ["tae"] and not config.data.root and fits:
-        import probe                            # here, because probe.py imports this file
-        probe.main(["report", "--run", config.run, "--device", config.device])
-    prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
-    launch = "python" if fits else f"torchrun --nproc_per_node={torch.cuda.device_count()} --"
-    if not fits:
-        print("no report: the nets do not fit on one GPU")
     if stages != ["tae"]:
-        print(f'Next: {launch} sample.py "{prompt}" --run {config.run} --stage {stages[-1]}')
+        finish(config, device, stages[-1])
     print(f"all in {(time.time() - began) / 60:.1f} minutes; look at {config.run}/samples")
 
 

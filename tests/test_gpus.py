@@ -84,9 +84,9 @@ def test_the_tae_trains_on_a_tile_at_a_random_place(run, monkeypatch):
     assert len(set(starts)) > 4
 
 
-def test_fits_one_device(tmp_path, monkeypatch):
-    """The report's nets in bf16 against 70 % of the card. Reference: 2 bytes times the paper's
-    4.9 B parameters for each of two stages, by hand."""
+def test_fits_one_device(tmp_path, monkeypatch, capsys):
+    """The report's nets in bf16 against 70 % of the card; else how to sample. Reference: 2 bytes
+    times the paper's 4.9 B parameters for each of two stages, by hand."""
     for stage in ("tae", "base", "videojam"):
         (tmp_path / f"{stage}.pt").touch()
 
@@ -98,6 +98,11 @@ def test_fits_one_device(tmp_path, monkeypatch):
 
     assert fits("small", 2) and fits("4b", 19.7 / 0.7) and not fits("4b", 19.5 / 0.7)
     assert not fits("30b", 80)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config = common.load_config(["preset=30b", "precision=bf16", f"run={tmp_path}"])
+    train.finish(config, CUDA, "videojam")
+    out = capsys.readouterr().out
+    assert "no report" in out and "torchrun --nproc_per_node=8 -- sample.py" in out
     assert train.fits_one_device(config_of("preset=30b"), torch.device("cpu"))
 
 

@@ -267,7 +267,7 @@ def test_plan(capsys):
         assert hours_a100 == pytest.approx(int(steps) * a100 / 3600, rel=0.02)
         assert name != "tae" or 20 < size < 30
     attention = 32 * 4 * 4096 * (4096 + 256) * 3072
-    assert flops == pytest.approx(3 * 32 * (2 * 4.87e9 * 4096 + attention) / 1e12, rel=0.05)
+    assert flops == pytest.approx(3 * 32 * (2 * 4.23e9 * 4096 + attention) / 1e12, rel=0.05)
 
 
 @pytest.mark.parametrize("motion", [False, True])
