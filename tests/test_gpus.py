@@ -228,7 +228,7 @@ def test_text_of_one_length():
     ids = [[100, 101, 102, 1] + 12 * [0], [1] + 15 * [0]]
     assert text.tokenize(["abc", ""], 16).tolist() == ids
     short = text(["abc", ""])[0]
-    text.tokenize = lambda prompts: model.ByteText.tokenize(text, prompts, 16)
+    text.tokenize = lambda prompts, least: model.ByteText.tokenize(text, prompts, 16)
     features, mask = text(["abc", ""])
     assert mask.sum(1).tolist() == [4, 1]
     torch.testing.assert_close(features[:, :4], short)

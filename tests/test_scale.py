@@ -432,10 +432,10 @@ def test_when_all_are_torn(run, straight):
     assert states(run, "base") == ["step-39", "step-40"] and not (run / "base.pt").exists()
 
 
-@pytest.mark.parametrize("holder, name, words, left", [
-    (common.Checkpoint, "save", "step-3 could not be written", 2),
-    (common, "save_weights", "base.pt could not be written", 40)])
-def test_a_full_disk(run, straight, monkeypatch, holder, name, words, left):
+@pytest.mark.parametrize("holder, name, words, every, left", [
+    (common.Checkpoint, "save", "step-3 could not be written", 1, 2),
+    (common, "save_weights", "base.pt could not be written", 39, 40)])
+def test_a_full_disk(run, straight, monkeypatch, holder, name, words, every, left):
     """One line, and what was there goes on once there is room. The kernel's limit on the size of
     a file (RLIMIT_FSIZE) is the full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -449,11 +449,12 @@ def test_a_full_disk(run, straight, monkeypatch, holder, name, words, left):
     with monkeypatch.context() as patch, pytest.raises(OSError, match=words) as error:
         patch.setattr(holder, name, fill)
         try:
-            train.main([*TINY, *FORTY, f"run={run}"])
+            train.main([*TINY, *FORTY, f"save_every={every}", f"run={run}"])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "is the disk full?" in str(error.value) and "\n" not in str(error.value)
     assert newest(run) == left and not list(run.glob("base.pt*"))
+    assert "writing" not in states(run, "base")
     train.main([*TINY, *FORTY_AT_ONCE, f"run={run}"])
     assert_same_end(run, straight)
 
