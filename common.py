@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import shutil
 import signal
 import sys
@@ -288,7 +287,8 @@ def start(name=""):
         if torch.__version__ < least:
             raise ValueError(f"found torch {torch.__version__}, expected {least} for several ranks:"
                              " older ones keep averaged weights, or sum gradients on CPUs")
-        # A rank that waits for ten minutes gives up, unless one of them writes or encodes.
+        # While training a rank that hears nothing gives up after torch's own time. PATIENT waits
+        # where one of them reads, writes or encodes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         PATIENT = dist.new_group(timeout=datetime.timedelta(hours=6))
     return device
@@ -321,14 +321,18 @@ def autocast(config, device):
 
 def compiles(config, device):
     """Are the DiT's blocks compiled? auto: on CUDA, where a compiler and torch allow it."""
+    why_not = None
+    forgets = config.checkpointing and torch.__version__ < "2.12"
+    if config.compile == "always" and forgets:
+        raise ValueError(f"found compile=always checkpointing=true and torch {torch.__version__}, "
+                         "expected 2.12, as older ones forget checkpointing: compile=never")
     if config.compile != "auto" or device.type != "cuda":
         return config.compile == "always"
-    why_not = None
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
     header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
     if not (any(map(shutil.which, compilers)) and header.exists() and find_spec("triton")):
         why_not = "needs triton, a C compiler and Python.h: install gcc and python3-dev"
-    elif config.checkpointing and torch.__version__ < "2.12":
+    elif forgets:
         why_not = f"torch {torch.__version__} forgets checkpointing there, expected 2.12"
     if why_not:
         print0(f"compile=auto: not compiled, slower ({why_not})")
@@ -352,7 +356,7 @@ def build_nets(config, device, motion=False, training=True):
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for module in [*net.dit.blocks, net.text, net.dit]:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    elif not training:                  # as autocast would round them, in half the memory
+    elif dtype and not training:        # as autocast would round them, in half the memory
         for module in net.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
@@ -399,8 +403,8 @@ def read_ahead(read, cuts, steps, depth):
 
 
 def ask_all(bad_steps, *flags):
-    """The largest of all ranks, of a number on the GPU and of some flags -> a function that returns
-    the list. Called a step later it finds them there: asked at once, Python would wait."""
+    """[bad_steps, *flags], of each the maximum over the ranks -> at once, a function that gives
+    this list. Called a step later it finds the list there; called at once, Python would wait."""
     numbers = torch.stack([bad_steps, *(bad_steps.new_zeros(()) + flag for flag in flags)])
     if together():
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -508,7 +512,8 @@ class Log:
         line.update(more, seconds_per_step=round(seconds, 4), clips_per_s=round(batch / seconds, 2))
         if RANK == 0:
             with open(self.path, "a") as file:
-                file.write(json.dumps(line).replace("NaN", "null") + "\n")
+                text = json.dumps(line).replace("NaN", "null").replace("Infinity", "null")
+                file.write(text + "\n")
         self.begin(step)
         return line
 
@@ -538,7 +543,7 @@ def save_weights(config, stage, net, step, parent="none", tae="none"):
 
 
 def identity(path):
-    """Eight letters that tell one file of weights from another: from the checksums in its zip."""
+    """Eight hex digits that tell one file of weights from another: of the checksums in its zip."""
     try:
         members = zipfile.ZipFile(path).infolist()
     except zipfile.BadZipFile:
@@ -598,7 +603,7 @@ def load_into(net, weights, path, new=()):
         whole = weights[name]
         whole = torch.empty_like(whole, device=w.device) if whole.is_meta else whole.to(w.device)
         whole = whole.contiguous()
-        if together() and not isinstance(w, DTensor):       # whose parts rank 0 hands out itself
+        if together() and not isinstance(w, DTensor):       # put_whole sends a DTensor's parts
             dist.broadcast(whole, 0)
         put_whole(w, whole)
     return net
@@ -637,6 +642,7 @@ class Checkpoint:
 
     parent: the identity of the weights that the stage started from. torch's DCP writes a file per
     rank, and reads them for any other number of ranks. A folder is written beside, then renamed.
+    AdamW's moments are made here, as zeros, because DCP fills tensors in place.
     """
 
     def __init__(self, config, stage, net, optimizer, average, parent):
@@ -645,7 +651,7 @@ class Checkpoint:
         for name, w in net.state_dict(keep_vars=True).items():
             self.tensors[f"net.{name}"] = w
             self.tensors[f"average.{name}"] = average[name]
-        for name, p in net.named_parameters():      # DCP fills tensors in place: they must be there
+        for name, p in net.named_parameters():
             optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
                                       exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             for kind, tensor in optimizer.state[p].items():
@@ -666,7 +672,7 @@ class Checkpoint:
         steps = self.steps()
         for step in steps:
             try:
-                check_whole(self.folder / f"step-{step}")
+                patiently(check_whole, self.folder / f"step-{step}")
                 return step
             except OSError as error:
                 print0(f"{self.folder}/step-{step} is torn ({error}), trying the one before")
@@ -687,8 +693,13 @@ class Checkpoint:
                 raise OSError(f"{path} could not be read ({reason}): repair it, or delete it to go "
                               "on from the one before") from None
 
-        if step:
-            patiently(read)
+        try:
+            if step:
+                patiently(read)
+        except OSError:
+            if RANK > 0:
+                sys.exit(1)             # one line, of rank 0, is enough
+            raise
         return step
 
     def save(self, step):
@@ -696,7 +707,7 @@ class Checkpoint:
         path = self.folder / f"step-{step}"
         writing = self.folder / "writing"
         reason = None
-        broadcast(shutil.rmtree, writing, True)         # what a kill has left
+        broadcast(shutil.rmtree, writing, True)         # what a kill has left; no error if nothing
         try:
             dcp.save(self.tensors, checkpoint_id=writing, process_group=PATIENT)
         except dcp.CheckpointException as error:
@@ -712,8 +723,8 @@ class Checkpoint:
                 raise OSError(f"{path} could not be written ({error}): is the disk full?") from None
             shutil.rmtree(path, ignore_errors=True)     # a torn one
             os.replace(writing, path)
-            older = [old for old in self.steps() if old <= step]
-            for old in older[2:]:
+            there = [old for old in self.steps() if old <= step]
+            for old in there[2:]:       # the newest two stay
                 shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
         broadcast(keep)
@@ -723,8 +734,10 @@ def check_whole(folder):
     """OSError where parts that the checkpoint's metadata names are missing or cut off."""
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise OSError(f".metadata: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:                          # damaged bytes raise a dozen types
+        raise OSError(f".metadata is damaged: {error}") from None
     for part in metadata.storage_data.values():
         if (folder / part.relative_path).stat().st_size < part.offset + part.length:
             raise OSError(f"{part.relative_path} is cut off")

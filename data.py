@@ -595,7 +595,7 @@ def open_data(config, split="train", device="cpu"):
         raise FileNotFoundError(f"found no folder {root}, expected videos: correct data.root")
     from videos import VideoFolder
     weights = config.flow.weights
-    raft = load_raft(None if weights else "large", weights or None).to(device)
+    raft = common.broadcast(load_raft, None if weights else "large", weights or None).to(device)
     return VideoFolder(root, *shape, config.fps, Path(config.run, "flow"), raft)
 
 
@@ -636,7 +636,7 @@ def chunks(start, stop, config):
 
 
 class Latents:
-    """z (B, 2C, T, H, W) and captions of `count` clips, 0: endless: `read`, then `bring`.
+    """z (B, 2C, T, H, W) and captions of `count` clips, 0: endless: `read`, then `to_z`.
     From the run's files, which all ranks write first if need be; with data.cache=0 encoded when
     they are asked for. ValueError for files of other clips."""
 
@@ -646,26 +646,27 @@ class Latents:
         self.clips = clips
         self.device = device
         self.count = clips.count or config.data.cache
-        self.parts = []                     # dicts of z and caption, the last may be short
+        self.files = []                     # dicts of z and caption, the last may be short
         if config.data.cache:
             from videos import open_latents
-            self.parts = open_latents(config, tae, clips, device)
+            self.files = open_latents(config, tae, clips, device)
 
     def read(self, numbers):
-        """z (B, 2C, T, H, W) float16 and captions; or, not yet encoded, what the clips need."""
-        if not self.parts:
+        """-> z (B, 2C, T, H, W) float16 on the CPU, captions; without files: what the clips'
+        `render` needs, None."""
+        if not self.files:
             return self.clips.read(numbers), None
         z = []
         captions = []
         for n in numbers:
-            k, row = divmod(n, len(self.parts[0]["caption"]))
-            z.append(self.parts[k]["z"][row])
-            captions.append(self.parts[k]["caption"][row])
+            k, row = divmod(n, len(self.files[0]["caption"]))
+            z.append(self.files[k]["z"][row])
+            captions.append(self.files[k]["caption"][row])
         return torch.stack(z), captions
 
-    def bring(self, got, captions):
-        """What was read, as z on the device and captions."""
-        if self.parts:
+    def to_z(self, got, captions):
+        """What was read -> z (B, 2C, T, H, W) float on the device, captions."""
+        if self.files:
             return common.to_device(got, self.device).float(), captions
         batch = self.clips.render(got, self.device)
         return encode(self.config, self.tae, batch), batch["caption"]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 @torch.no_grad()
 def put_whole(w, whole):
-    """Copy a whole tensor into w. If w is sharded (a DTensor), every rank keeps its part."""
+    """Copy a whole tensor into w. If w is sharded (a DTensor), rank 0 sends each rank its part."""
     if hasattr(w, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
         whole = distribute_tensor(whole.to(w.device), w.device_mesh, w.placements)

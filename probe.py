@@ -508,9 +508,10 @@ def dit_memory(config, gpus, motion=True):
     clips = math.ceil(config.batch / gpus)
     clips = min(clips, config.micro_batch or clips)
     share = 4 * parameters(text, dit) / gpus            # in fp32
-    # Weights as they are computed with: alone all of them in bf16; sharded two blocks, and the
-    # gradients of one, once more in fp32 to be summed.
-    copies = 0 if fp32 else 2 * parameters(text, dit)
+    # Weights as they are computed with, in bf16: alone all of them, but for checkpointing; sharded
+    # two blocks, and the gradients of one, once more in fp32 to be summed.
+    kept = dit.blocks[:1] if config.checkpointing else [text, dit]
+    copies = 0 if fp32 else 2 * parameters(*kept)
     if gpus > 1:
         copies = parameters(dit.blocks[0]) * (16 if fp32 else 10)
     parts = {"weights": share, "gradients": share, "AdamW": 2 * share, "averaged weights": share,

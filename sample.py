@@ -163,7 +163,7 @@ def decode(model, z):
 
 
 def generate(model, prompts, seeds, s=None, bar=True):
-    """Clip after clip, in batches -> video and motion picture (or None) as `decode`, on the CPU."""
+    """In batches -> video and motion picture (or None) as `decode`, on the CPU."""
     if not prompts:
         raise ValueError('found no prompt, expected one: python sample.py "a red square falling"')
     s = s or settings(model)
@@ -235,12 +235,12 @@ def arguments_of(argv):
 
 def main(argv):
     a = arguments_of(argv)
-    prompts = a.prompt + (read_prompts(a.prompts) if a.prompts else [])
     out = pathlib.Path(a.out or f"{a.run}/samples")
     if out.suffix not in ("", ".mp4", ".gif") or a.count < 1:
         raise ValueError(f"--out {out} --count {a.count}: expected .mp4, .gif or a folder, "
                          "and at least one clip per prompt")
     common.start(a.device)
+    prompts = a.prompt + (common.broadcast(read_prompts, a.prompts) if a.prompts else [])
     model = common.load_run(a.run, a.stage, a.device)
     s = settings(model, a.steps, a.w_text, a.w_motion, a.guidance, not a.no_motion)
     prompts = [prompt for prompt in prompts for _ in range(a.count)]
@@ -268,8 +268,9 @@ def write_vbench(folder, prompts, videos, count, fps):
     """Flat mp4 files of the appearance alone, of 128 px or more, and {file name: prompt}."""
     names = {}
     for n, (prompt, video) in enumerate(zip(prompts, videos)):
-        names[f"{n:04d}-{n % count}.mp4"] = prompt
-        common.write_video(folder / f"{n:04d}-{n % count}.mp4", video, fps, least=128)
+        name = f"{n:04d}-{n % count}.mp4"
+        names[name] = prompt
+        common.write_video(folder / name, video, fps, least=128)
     common.write_text(folder / "prompts.json", json.dumps(names, indent=1))
     print(f"{len(names)} clips in {folder}; vbench evaluate --videos_path {folder} "
           f"--mode=custom_input --prompt_file {folder / 'prompts.json'}")

@@ -70,7 +70,7 @@ def joint_loss(u, v, keep):
 
 # -------------------------------------------------------------------------------------------------
 # The draws. They depend on (seed, step, row of the global batch) and on nothing else: a run gives
-# the same numbers on one GPU or many, and after it was interrupted.
+# the same numbers on one GPU or many, also after an interruption.
 
 
 # sec. 4.3: text is dropped in 30 % of the clips, motion in 20 %, each by itself.
@@ -89,7 +89,8 @@ def shuffled(seed, epoch, count):
 
 
 def clip_numbers(seed, step, rows, batch, count):
-    """Which clips are trained on: always new ones for count = 0, else `count`, anew each epoch."""
+    """Numbers of the clips of these rows: each once for count = 0, else `count` in a new order each
+    epoch."""
     positions = [step * batch + row for row in rows]
     if count == 0:
         return positions
@@ -97,7 +98,7 @@ def clip_numbers(seed, step, rows, batch, count):
 
 
 def micro_batches(config, stage):
-    """This rank's rows of the stage's global batch, cut into as many passes on every rank."""
+    """This rank's rows of the stage's global batch, in the same number of passes on every rank."""
     part = config.tae if stage == "tae" else config
     rows = list(range(RANK, part.batch, WORLD))
     largest = math.ceil(part.batch / WORLD)
@@ -131,7 +132,7 @@ def make_optimizer(config, net, lr):
 def tally(values, counted):
     """values (B,), counted (B,), or (B, n) for n bins -> their sum and number, for Log."""
     counted = counted.float()
-    weighted = values.detach().float() * counted.t()    # no @, which autocast would do in bf16
+    weighted = values.detach().float() * counted.t()    # (B,) or (n, B); @ would be bf16 on GPUs
     return weighted.sum(-1), counted.sum(0)
 
 
@@ -152,7 +153,8 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
     """
     device = next(net.parameters()).device
     optimizer = make_optimizer(config, net, lr)
-    weights = dict(net.train().state_dict(keep_vars=True))
+    net.train()
+    weights = dict(net.state_dict(keep_vars=True))
     average = {name: w.detach().clone() for name, w in weights.items()}
     checkpoint = common.Checkpoint(config, stage, net, optimizer, average, parent)
     start = checkpoint.load()
@@ -171,9 +173,9 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
     batches = common.read_ahead(read, cuts, todo, depth)
     bad_steps = torch.zeros((), device=device)          # in a row
     done = start
-    saved = time.time()
+    saved_at = time.time()
     with common.catch_sigterm() as caught:
-        answers = common.ask_all(bad_steps, bool(caught), False)
+        answers = common.ask_all(bad_steps, bool(caught), False)        # as after each step below
         for step, parts in zip(bar, batches):
             # Forward and backward. Gradients are averaged over the ranks, whose shares of the
             # batch may differ: so each clip counts 1 / batch, times the number of ranks.
@@ -182,7 +184,8 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
                 (loss * len(rows) / batch * WORLD).backward()
                 log.add(numbers)
             norm = common.average_and_limit_gradients(net, config.clip)
-            # Step. Where the gradient is not finite, AdamW leaves everything as it is (found_inf).
+            # Step. Where the gradient is not finite, AdamW leaves weights and moments as they are:
+            # found_inf is the attribute by which torch's GradScaler tells it so.
             bad = (~norm.isfinite()).float()
             bad_steps = (bad_steps + 1) * bad
             for group in optimizer.param_groups:
@@ -198,22 +201,23 @@ def fit(config, stage, net, read, loss_of, steps, lr, parent="none", look=None):
             done = step + 1
             log.add(dict(skipped=(bad, torch.ones_like(bad))))
             if done % config.log_every == 0 or done == steps:
-                line = log.write(done, batch, lr=group["lr"], grad_norm=round(norm.item(), 4))
+                rate = optimizer.param_groups[-1]["lr"]         # of the DiT, or the TAE
+                line = log.write(done, batch, lr=rate, grad_norm=round(norm.item(), 4))
                 bar.set_postfix(loss=line["loss"], refresh=False)
                 if line["skipped"]:
                     print0(f"{stage}: {line['skipped']:.0%} of the gradients up to step {done} "
                            "were not finite and changed nothing")
-            # Save, also when a scheduler asks one of the ranks to leave
+            # Save, also when a scheduler asks one of the ranks to leave. All must do the same after
+            # the same step. So each step ends with a question to all, and the next reads the
+            # answers: at once, Python would wait for the GPU.
             failed, leaving, due = answers()
             if leaving or due or done % config.save_every == 0 or done == steps:
                 checkpoint.save(done)
-                saved = time.time()
+                saved_at = time.time()
             if leaving or failed >= BAD_STEPS:
                 break
-            # All ranks must do the same after the same step, so they ask each other; the answers
-            # are read in the next step, when the GPU has them.
-            due = time.time() - saved > 60 * config.save_minutes
-            answers = common.ask_all(bad_steps, bool(caught), due)
+            is_due = time.time() - saved_at > 60 * config.save_minutes
+            answers = common.ask_all(bad_steps, bool(caught), is_due)
             # Look
             if look and config.sample_every and done % config.sample_every == 0 and done < steps:
                 exchange(weights, average)
@@ -254,7 +258,7 @@ def tae_loss(config, tae, video, noise):
 def train_tae(config, clips, device):
     seed = config.seed
     tae = common.build_tae(config).to(device, memory_format=torch.channels_last)
-    common.load_into(tae, tae.state_dict(), "tae")      # all ranks begin with those of rank 0
+    common.load_into(tae, tae.state_dict(), "tae")      # all ranks begin with rank 0's weights
     # Of long clips one tile at a random place: 128 frames of 256x256 would take 87 GB.
     frames = min(config.frames, config.tae.tile)
     C, _, h, w = common.latent_size(config)
@@ -278,8 +282,8 @@ def train_tae(config, clips, device):
         video = torch.where(per_clip(painted, rgb), rgb, got["video"])
         video = torch.stack([clip[:, i:i + frames] for clip, i in zip(video, starts)])
         with autocast(config, device):                  # (B, 3, frames, H, W)
-            parts = tae_loss(config, tae, video, to_device(noise, device))
-        reconstruction, regulariser, square = parts
+            losses = tae_loss(config, tae, video, to_device(noise, device))
+        reconstruction, regulariser, square = losses
         loss = torch.where(painted, config.tae.motion, 1.0) * reconstruction + regulariser
         numbers = dict(loss=tally(loss, torch.ones_like(loss)), mse_x=tally(square, ~painted),
                        mse_d=tally(square, painted))
@@ -379,7 +383,7 @@ def train_dit(config, stage, latents, device):
 
     def loss_of(part):
         got, keep_text, draws = part
-        z1, captions = latents.bring(*got)
+        z1, captions = latents.to_z(*got)
         prompts = [caption if kept else "" for caption, kept in zip(captions, keep_text)]
         draws = [to_device(values, device) for values in draws]
         with autocast(config, device):
@@ -417,8 +421,7 @@ def is_finished(config, stage):
         return False
     saved = common.read_weights(path, check=False)
     below = run / ("tae.pt" if stage == "base" else "base.pt")
-    known = below.exists() and common.identity(below)
-    if stage != "tae" and saved["parent"] != known:
+    if stage != "tae" and not (below.exists() and saved["parent"] == common.identity(below)):
         raise ValueError(f"{path} was trained on another {below.name} than the one beside it: "
                          f"delete {stage}.*, or take another run=folder")
     steps = config["videojam" if stage == "control" else stage].steps
@@ -455,20 +458,21 @@ def fits_one_device(config, device):
         dit = common.build_dit(config, motion=True)
     size = sum(p.numel() for p in dit.parameters()) * (2 if common.uses_bf16(config, device) else 4)
     nets = sum(pathlib.Path(config.run, f"{stage}.pt").exists() for stage in common.STAGES[1:])
+    # The rest is for the TAE and the clips.
     return nets * size < 0.7 * torch.cuda.get_device_properties(device).total_memory
 
 
 def finish(config, device, stage):
     """The report, where the nets fit on this device; and how to sample."""
     prompt = "a caption like yours" if config.data.root else data.STRAIGHT[0]
-    launch = "python"
+    launch = "Next: python"
     if not fits_one_device(config, device):
-        launch = f"torchrun --nproc_per_node={torch.cuda.device_count()} --"
-        print("no report, as the nets do not fit on one GPU")
+        gpus = torch.cuda.device_count()
+        launch = f"No report: the nets do not fit on one GPU. torchrun --nproc_per_node={gpus} --"
     elif not config.data.root:
         import probe                            # here, because probe.py imports this file
         probe.main(["report", "--run", config.run, "--device", config.device])
-    print(f'Next: {launch} sample.py "{prompt}" --run {config.run} --stage {stage}')
+    print(f'{launch} sample.py "{prompt}" --run {config.run} --stage {stage}')
 
 
 def main(arguments):

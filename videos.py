@@ -1,7 +1,7 @@
 """Folders of real videos, and the latents of a whole data set kept in files.
 
 VideoJAM was trained on real videos, whose optical flow RAFT estimated (sec. 4.1, appendix C).
-Their captions stand in metadata.jsonl or metadata.csv (file_name, text), or in a .txt each.
+Their captions stand in metadata.jsonl or metadata.csv (file_name, text), or in one .txt per video.
 
     python videos.py preset=videos data.root=clips      writes folder.png: what training would see
 
@@ -90,7 +90,7 @@ class VideoFolder:
 
     def __getitem__(self, i):
         name, start = self.windows[i]
-        video = self.render(self.read([i]), flow=False)["video"][0]         # (3, T, H, W)
+        video = to_video(self.pixels(i)[None])[0]                           # (3, T, H, W)
         return dict(video=video, caption=self.captions[name], name=f"{name}:{start}")
 
     def prompts(self):
@@ -98,20 +98,23 @@ class VideoFolder:
         return sorted({self.captions[name] for name, _ in self.windows})
 
     def read(self, indices):
-        """What `render` needs of these windows: the windows, pixels (B, T, H, W, 3) uint8."""
+        """What `render` needs of these windows: pixels (B, T, H, W, 3) uint8, flow where it is kept
+        already (2, T, H, W) float16, else None."""
         # Threads are enough, because ffmpeg does the work in processes of its own.
         pixels = thread_map(self.pixels, indices, max_workers=4, disable=True)
-        return list(indices), torch.stack(pixels)
+        return list(indices), torch.stack(pixels), [self.kept_flow(i) for i in indices]
 
-    def render(self, got, device="cpu", flow=True):
+    def render(self, got, device="cpu"):
         """Windows -> dict: video (B, 3, T, H, W), flow (B, 2, T, H, W), caption (list of B).
         ValueError where flow is neither kept nor can be estimated."""
-        indices, pixels = got
-        pixels = common.to_device(pixels, torch.device(device))
-        video = pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1           # (B, 3, T, H, W)
+        indices, pixels, flows = got
+        video = to_video(common.to_device(pixels, torch.device(device)))    # (B, 3, T, H, W)
         captions = [self.captions[self.windows[i][0]] for i in indices]
-        flows = [self.flow(i, clip).to(device).float() for i, clip in zip(indices, video) if flow]
-        return dict(video=video, flow=torch.stack(flows) if flow else None, caption=captions)
+        for n, i in enumerate(indices):
+            if flows[n] is None:
+                flows[n] = self.flow(i, video[n])
+        flow = common.to_device(torch.stack(flows), torch.device(device)).float()
+        return dict(video=video, flow=flow, caption=captions)
 
     def batch(self, indices, device="cpu"):
         """`read`, then `render`."""
@@ -162,23 +165,36 @@ class VideoFolder:
         return window
 
     # Sec. 4.1: RAFT sees a window once; its flow is kept in a file.
-    def flow(self, i, video):
-        """Optical flow (2, T, H, W) of window i, as float16: a step of 1/256 px at 5 px."""
+    def flow_path(self, i):
         name, start = self.windows[i]
         if self.raft is None or self.flow_dir is None:
             raise ValueError(f"no RAFT or no flow_dir for {name}:{start}: set flow.weights")
         size = f"{self.height}x{self.width}x{self.frames}-{self.fps:g}fps"
         prints = f"{self.prints[name]:08x}-{self.raft_print:08x}"
-        path = pathlib.Path(self.flow_dir, f"{name}-{start}-{size}-{prints}.npy")
-        # It may not be there yet, or be torn by a full disk.
+        return pathlib.Path(self.flow_dir, f"{name}-{start}-{size}-{prints}.npy")
+
+    def kept_flow(self, i):
+        """Optical flow (2, T, H, W) of window i; None if it is not there yet, or was torn."""
         with contextlib.suppress(OSError, ValueError, EOFError):
-            return torch.from_numpy(np.load(path))
+            return torch.from_numpy(np.load(self.flow_path(i)))
+
+    def flow(self, i, video):
+        """The same, estimated if need be, and kept as float16: a step of 1/256 px at 5 px."""
+        kept = self.kept_flow(i)        # since it was read ahead
+        if kept is not None:
+            return kept
+        path = self.flow_path(i)
         flow = estimate_flow(video[None], self.raft)[0].half().cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.{RANK}-{os.getpid()}.tmp", "wb") as file:
             np.save(file, flow.numpy())
         os.replace(file.name, path)     # whole or not at all, also if two ranks write it
         return flow
+
+
+def to_video(pixels):
+    """(B, T, H, W, 3) uint8 -> (B, 3, T, H, W) in [-1, 1]."""
+    return pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def fingerprint(net):
@@ -257,7 +273,8 @@ def warn(names, problem, advice):
 
 
 def latent_files(config, clips):
-    """(paths, made or not; what they depend on). ValueError where the folder has other latents."""
+    """-> the paths of all files, made or not, and a dict of what they depend on, which is kept in
+    index.json. ValueError where the folder has other latents."""
     count = clips.count or config.data.cache
     content = [config.seed, config.world]
     if config.data.root:
@@ -307,8 +324,9 @@ def show(arguments):
     config = common.load_config(arguments)
     if not config.data.root:
         raise ValueError("found no data.root, expected a folder of videos: data.root=clips")
-    clips = data.open_data(config)
-    batch = clips.batch(range(0, len(clips), math.ceil(len(clips) / 16)))
+    device = common.find_device(config.device)
+    clips = data.open_data(config, device=device)
+    batch = clips.batch(range(0, len(clips), math.ceil(len(clips) / 16)), device)
     motion = flow_to_rgb(batch["flow"], config.flow.sigma)
     pairs = torch.stack([batch["video"], motion], dim=1)        # (B, 2, 3, T, H, W)
     common.write_sheet("folder.png", pairs.flatten(0, 1))

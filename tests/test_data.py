@@ -429,7 +429,7 @@ def test_latents(tmp_path, clips, cache, count, kept):
         latents = data.Latents(config, tae, source, torch.device("cpu"))
     assert latents.count == count and tae.encoded == 2 * kept
     numbers = [(count or 1000) - 1, 0]
-    z, captions = latents.bring(*latents.read(numbers))
+    z, captions = latents.to_z(*latents.read(numbers))
     assert tae.encoded == (2 * kept or 4) and z.dtype == torch.float32
     for row, clip in enumerate(world[number] for number in numbers):
         picture = data.flow_to_rgb(clip["flow"][None], config.flow.sigma)[0]

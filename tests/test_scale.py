@@ -3,6 +3,7 @@ process, without interruption. The processes and the signals are real."""
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -75,8 +76,9 @@ def alone(trained, tmp_path_factory):
 
 def as_a_rank(root, runs):
     """What torchrun starts twice: the runs {name: [port, arguments]} in turn. Rank 1 may not look
-    at config and weights, and in one run it fails once to read a checkpoint."""
+    at config and weights, draws other first weights, and in some runs fails once."""
     draw, look, read_data = train.draw, train.show_samples, dcp.FileSystemReader.read_data
+    save, manual_seed = common.save, torch.manual_seed
     silence(pytest.MonkeyPatch())
     quiet = train.show_samples
     failures = []
@@ -91,7 +93,14 @@ def as_a_rank(root, runs):
             os.kill(os.getpid(), signal.SIGTERM)
         if config.run.endswith("killed") and train.RANK == 1 and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(config, step, row, shape)
+        t, noise, *kept = draw(config, step, row, shape)
+        if config.run.endswith("nan") and train.RANK == 1 and step == 1:
+            noise = noise * math.nan
+        return t, noise, *kept
+
+    def save_and_tell(path, content):
+        save(path, content)
+        print(f"rank {train.RANK} wrote {path}")
 
     def stumble(self, *args):
         if "/stumbling/" in str(self.path) and train.RANK == 1 and not failures:
@@ -104,6 +113,9 @@ def as_a_rank(root, runs):
 
     if train.RANK == 1:
         common.load_config = common.read_weights = common.identity = forbidden
+        torch.manual_seed = lambda seed: manual_seed(seed + 1)
+    common.save = save_and_tell
+    videos.CLIPS_PER_FILE = 3
     common.time.sleep = print                   # nobody waits
     model.Block.compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
     dcp.FileSystemReader.read_data = stumble
@@ -135,7 +147,8 @@ def pair(trained, alone, tmp_path_factory):
     settings = dict(
         together=TEN, accumulation=[*TEN, "stages=base", "micro_batch=1", "checkpointing=true"],
         compiled=[*TEN, "stages=base", "compile=always"], resumed=[*TEN, "stages=base"],
-        stumbling=[*TEN, "stages=base", "base.steps=12"], told=[*FORTY, "save_every=1000"],
+        stumbling=[*TEN, "stages=base", "base.steps=12"], nan=["stages=base", "base.steps=3"],
+        told=[*FORTY, "save_every=1000"],
         tae=["stages=tae"], bf16=["precision=bf16", "stages=tae,base"],
         killed=FORTY)                                   # the last, as it ends both
     for name in settings.keys() - {"tae", "bf16"}:      # which train their own TAE
@@ -189,6 +202,23 @@ def test_one_resumes_what_two_ranks_left(alone, pair, tmp_path, capsys):
     assert_equal(weights(run, "base"), weights(alone, "base"), within=1e-5)
 
 
+def test_all_ranks_write_the_latents(pair):
+    """Eight clips, three to a file: each file by one rank, in turn. Reference: what they said."""
+    for number, rank in ((0, 0), (1, 1), (2, 0)):
+        path = pair[0] / f"together/latents/{number:05d}.pt"
+        assert pair[1].count(f"wrote {path}") == 1 and f"rank {rank} wrote {path}" in pair[1]
+
+
+def test_all_ranks_skip_a_step(pair):
+    """Rank 1 alone had NaN in the second of three steps: nothing of it is in the weights, and both
+    counted it. Reference: finite numbers, the log, AdamW's step."""
+    run = pair[0] / "nan"
+    assert [line["skipped"] for line in read_log(run)] == [0, 1, 0]
+    end = read_state(run, "base", 3)
+    assert all(w.isfinite().all() for kind in end.values() for w in kind.values())
+    assert {step.item() for step in end["step"].values()} == {2}
+
+
 def test_one_rank_that_cannot_read(pair):
     """Rank 1 failed once to read its part of step-10: both tried again and went on from it, no
     older one, and none is lost. Reference: what they said."""
@@ -204,6 +234,7 @@ def test_a_rank_is_killed_then_the_readmes_lines_go_on(pair, straight, tmp_path)
     run = pair[0] / "killed"
     left = newest(run)
     assert 2 <= left <= 6
+    shutil.rmtree(run / "latents")              # made with fewer clips to a file
     status, out, err = torchrun("train.py", *TINY, *FORTY_AT_ONCE, f"run={run}")
     assert status == 0 and f"step {left} to 40" in out, err
     assert_equal(weights(run, "base"), weights(straight, "base"), within=1e-5)
@@ -406,13 +437,17 @@ def test_files_that_are_missing_are_noticed_before_the_rename(run, straight, mon
     assert states(run, "base") == ["step-39", "step-40"]
 
 
-@pytest.mark.parametrize("harm", ["cut", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", ".metadata", "__0_0.distcp"])
 def test_a_torn_checkpoint_falls_back(run, straight, capsys, harm):
     """The newest is damaged, or a file of it is gone: the one before is resumed, and said so."""
     copy_state(straight, run, "")
     torn = state(run, "base") / "step-40"
     if harm == "cut":
         os.truncate(torn / "__0_0.distcp", 100_000)
+    elif harm == "flipped":
+        content = bytearray((torn / ".metadata").read_bytes())
+        content[20:40] = bytes(20)
+        (torn / ".metadata").write_bytes(content)
     else:
         (torn / harm).unlink()
     train.main([*TINY, *FORTY, f"run={run}"])
@@ -476,8 +511,8 @@ def test_latents_in_files_train_the_same(trained, cached, run):
     tae = common.load_tae(cached, device)
     latents = data.Latents(cached, tae, data.open_data(cached), device)
     batch = latents.clips.batch([7, 0, 4])
-    z, captions = latents.bring(*latents.read([7, 0, 4]))
-    assert captions == batch["caption"] and latents.count == 8 and len(latents.parts) == 3
+    z, captions = latents.to_z(*latents.read([7, 0, 4]))
+    assert captions == batch["caption"] and latents.count == 8 and len(latents.files) == 3
     assert sys.platform != "linux" or str(run) in open("/proc/self/maps").read()     # not copied
     torch.testing.assert_close(z, data.encode(cached, tae, batch), atol=1e-3, rtol=1e-3)  # float16
     assert_equal(weights(run, "base"), weights(trained[0], "base"))
