@@ -260,7 +260,7 @@ class DiT(nn.Module):
 
     def unpatchify(self, x):
         """(B, T, H/p, W/p, C p p) -> (B, C, T, H, W)"""
-        return F.pixel_shuffle(x.movedim(-1, 2), self.patch).transpose(1, 2)
+        return F.pixel_shuffle(x.movedim(-1, 2), self.patch).transpose(1, 2).contiguous()
 
     def forward(self, x, t, text, mask):
         C, T, H, W = self.size

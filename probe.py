@@ -8,10 +8,10 @@
     python probe.py plan preset=4b gpus=32  # parameters, FLOPs, hours and memory, on paper
     python probe.py speed preset=small      # clips, tokens and FLOPs per second, measured
 
-plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 (the share of a
-GPU's peak that is reached), speed also steps=20 tflops=989 (that peak). The others take the flags
-below; those from --split on are for report alone. ablate's CSV has every clip, its tables are
-printed.
+plan and speed take the keys of config.yaml; plan also gpus=1 utilisation=0.4 tflops=0 (the share of
+a GPU's peak that is reached, and that peak; 0: of an H100 and an A100), speed also steps=20
+tflops=989. The others take the flags below; those from --split on are for report alone. ablate's
+CSV has every clip, its tables are printed.
 
 Tables go to <run>/probe as CSV, beside pictures. The control is the base, trained on for as long
 as VideoJAM. All models get the same prompts and the same noise, so differences are paired.
@@ -522,8 +522,9 @@ def dit_memory(config, gpus, motion=True):
 PEAKS = {"H100": 989, "A100": 312}          # TFLOP/s in bf16; the paper's were A100
 
 
-def plan(config, gpus, utilisation):
+def plan(config, gpus, utilisation, tflops):
     """The size, FLOPs, hours and memory of each stage of a training, without doing it."""
+    peaks = {f"{tflops:g} TFLOP/s": tflops} if tflops else PEAKS
     with torch.device("meta"):
         nets = {"TAE": common.build_tae(config), "text encoder": common.build_text(config),
                 "DiT": common.build_dit(config), "VideoJAM's DiT": common.build_dit(config, True)}
@@ -548,11 +549,11 @@ def plan(config, gpus, utilisation):
         motion = stage == "videojam"
         flops = 3 * config.batch * forward_flops(config, motion)        # backward is two forwards
         costs.append([stage, steps, flops, dit_memory(config, gpus, motion)["together"]])
-    heads = ["stage", "steps", "TFLOPs", *(f"s, {gpu}" for gpu in PEAKS),
-             *(f"hours, {gpu}" for gpu in PEAKS), "GB per GPU"]
+    heads = ["stage", "steps", "TFLOPs", *(f"s, {gpu}" for gpu in peaks),
+             *(f"hours, {gpu}" for gpu in peaks), "GB per GPU"]
     lines = []
     for name, steps, flops, size in costs:
-        seconds = [flops / (gpus * peak * 1e12 * utilisation) for peak in PEAKS.values()]
+        seconds = [flops / (gpus * peak * 1e12 * utilisation) for peak in peaks.values()]
         hours = [steps * s / 3600 for s in seconds]
         numbers = [flops / 1e12, *seconds, *hours, size / 1e9]
         lines.append([name, str(steps), *(f"{number:,.3g}" for number in numbers)])
@@ -610,7 +611,7 @@ def speed(config, device, steps, tflops):
 EXPERIMENTS = {"report": report, "permute": permute, "sdedit": sdedit, "ablate": ablate,
                "predicates": predicates}
 # These take key=value: their own, and those of config.yaml.
-KEYED = {"plan": dict(gpus=1, utilisation=0.4), "speed": dict(steps=20, tflops=989)}
+KEYED = {"plan": dict(gpus=1, utilisation=0.4, tflops=0), "speed": dict(steps=20, tflops=989)}
 
 
 def main(argv):

@@ -267,6 +267,8 @@ def test_plan(capsys):
         assert hours_a100 == pytest.approx(int(steps) * a100 / 3600, rel=0.02)
         low, high = dict(tae=(20, 30), encoding=(2, 5)).get(name, (7, 8))
         assert low < size < high
+    probe.main(["plan", "preset=tiny", "tflops=100"])
+    assert "s, 100 TFLOP/s  hours, 100 TFLOP/s  GB per GPU" in capsys.readouterr().out
     attention = 32 * 4 * 4096 * (4096 + 256) * 3072
     assert flops == pytest.approx(3 * 32 * (2 * 4.23e9 * 4096 + attention) / 1e12, rel=0.05)
 
