@@ -325,6 +325,8 @@ def test_planned_memory():
     assert eight["weights"] == whole / 8 and eight["activations"] == alone["activations"] / 8
     assert planned("micro_batch=32")["activations"] == alone["activations"] / 4
     assert planned("checkpointing=true")["activations"] < 0.3 * alone["activations"]
+    one = planned("checkpointing=true", "dit.depth=1")["activations"]   # its input, and all of it
+    assert one == planned("dit.depth=1")["activations"] + 128 * 64 * 4 * 512
 
 
 def test_speed(tmp_path):
