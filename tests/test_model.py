@@ -233,15 +233,19 @@ def test_the_sum_over_the_blocks_stays_in_fp32():
     the blocks see, and fp32's u: 2 % are five steps of bf16."""
     dit = perturb(fresh_dit())
     u = dit(*inputs())
+
+    def note(block, x, h):
+        dtypes.extend([x[0].dtype, h.dtype])
+
     for block in dit.blocks:
-        block.register_forward_hook(lambda block, x, h: dtypes.extend([x[0].dtype, h.dtype]))
+        block.register_forward_hook(note)
     for net in (dit, dit.bfloat16()):
         dtypes = []
         with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
             warnings.simplefilter("error")
             rounded = net(*inputs())
             text = model.ByteText(8, 1, 2, 16).bfloat16()
-            text.blocks[0].register_forward_hook(lambda _, x, h: dtypes.extend([x[0].dtype, h.dtype]))
+            text.blocks[0].register_forward_hook(note)
             text(["a"])
         assert dtypes == [torch.float32] * 6
         assert (rounded - u).abs().max() < 0.02 * u.abs().max()
