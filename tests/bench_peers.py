@@ -200,6 +200,8 @@ def guidance(a):
     config = common.load_config(["preset=tiny", "run=runs/none"])
     device = torch.device(a.device)
     nets = common.build_nets(config, device, motion=True).eval()
+    for part in nets.values():
+        part.init()
     net = types.SimpleNamespace(config=config, motion=True, device=device, **nets)
 
     def work(kind):

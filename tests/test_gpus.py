@@ -153,8 +153,8 @@ class Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("preset", ["small", "4b", "30b"])
+@pytest.mark.parametrize("preset, bf16", [
+    ("small", False), ("small", True), ("4b", True), ("30b", True)])
 def test_planned_memory_of_the_dit(monkeypatch, preset, bf16):
     """The total of each preset as it is, with checkpointing where it has that. Reference: bytes of
     the nets on the device "meta" and what a step's two passes make there at most; 10 %."""

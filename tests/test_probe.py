@@ -15,7 +15,7 @@ import metrics
 import model
 import probe
 import sample
-from conftest import TINY, command
+from conftest import TINY
 
 SCORES = ("aesthetic", "imaging", "subject", "background", "smoothness", "dynamic")
 BREAKDOWN = {       # Tabs. 4, 5, 7 in the order of SCORES, then Tabs. 1, 2, 6: appearance, motion
@@ -342,8 +342,8 @@ def test_speed(tmp_path):
 
 def test_bad_input(run, tmp_path):
     """No stage at all, a folder of videos, an unknown experiment, no number: one line each."""
-    status, out, err = command("probe.py", "permute", "--run", tmp_path)
-    assert status == 1 and "has none of base, control, videojam" in err
+    with pytest.raises(FileNotFoundError, match="has none of base, control, videojam"):
+        probe.main(["permute", "--run", str(tmp_path)])
     with pytest.raises(ValueError, match="found gpus=many, expected gpus= and a number"):
         probe.main(["plan", "gpus=many"])
     with pytest.raises(SystemExit):
