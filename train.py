@@ -480,6 +480,7 @@ def main(arguments):
     config, device = common.start_from(arguments)
     stages = [stage for stage in common.STAGES if stage in config.stages.split(",")]
     todo = common.broadcast(unfinished, config, stages)
+    common.compiles(config, device)             # refuses what torch cannot do, before any stage
     clips = data.open_data(config, "train", device)
     text = json.dumps(config, indent=1)
     common.broadcast(common.write_text, f"{config.run}/config.json", text)

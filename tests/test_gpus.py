@@ -530,9 +530,9 @@ def test_patience_with_files_of_others(monkeypatch):
     ("auto", "gcc", "2.12.0", True), ("auto", None, "2.12.0", False),
     ("auto", "gcc", "2.9.1", False), ("never", "gcc", "2.12.0", False),
     ("always", None, "2.12.0", True)])
-def test_compile_auto(monkeypatch, capsys, setting, compiler, version, compiled):
+def test_compile_auto(monkeypatch, capsys, tmp_path, setting, compiler, version, compiled):
     """On CUDA with triton, Python.h and a C compiler, with checkpointing from torch 2.12 on; else
-    says why not."""
+    says why not, or refuses before the run has a folder."""
     config = config_of("checkpointing=true", f"compile={setting}")
     monkeypatch.setattr(shutil, "which", lambda name: compiler if name == "gcc" else None)
     monkeypatch.setattr(common, "find_spec", lambda name: name)
@@ -546,3 +546,6 @@ def test_compile_auto(monkeypatch, capsys, setting, compiler, version, compiled)
         config = config_of("checkpointing=true", "compile=always")
         with pytest.raises(ValueError, match="compile=always checkpointing=true and torch 2.9"):
             common.compiles(config, CUDA)
+        with pytest.raises(ValueError, match="expected 2.12"):
+            go(tmp_path / "run", "checkpointing=true", "compile=always")
+        assert not (tmp_path / "run").exists()
