@@ -496,15 +496,16 @@ def dit_memory(config, gpus, motion=True):
     # What autograd keeps of one block: of every token 8 vectors of the residual stream and its
     # norms in fp32, 11 in and around attention (14 in bf16), and 4 inside SwiGLU.
     fp32 = config.precision == "fp32"
-    inside = 4 * (11 * D + 4 * hidden) if fp32 else 2 * (14 * D + 4 * hidden)
-    block = N * (4 * 8 * D + inside)
+    size = 4 if fp32 else 2
+    vectors = 11 if fp32 else 14
+    block = N * (4 * 8 * D + size * (vectors * D + 4 * hidden))
     # Of every token of the text the keys and values, and in its own encoder 19 vectors a block.
-    L, d, size = config.text.length, config.text.dim, 4 if fp32 else 2
+    L = config.text.length
     block += L * size * 2 * D
     blocks = len(dit.blocks) * block
     if config.checkpointing:                            # the inputs, and one block at a time
         blocks = len(dit.blocks) * N * 4 * D + block
-    blocks += len(text.blocks) * L * (4 * 4 + size * 15) * d
+    blocks += len(text.blocks) * L * (4 * 4 + size * 15) * config.text.dim
     clips = math.ceil(config.batch / gpus)
     clips = min(clips, config.micro_batch or clips)
     share = 4 * parameters(text, dit) / gpus            # in fp32

@@ -139,7 +139,9 @@ def sampler(model, prompts, seeds, s=None, start=0, z=None, bar=False):
     C = common.latent_size(model.config)[0]
     yield start, times[start].item(), z
     ks = range(start, s.steps)
-    for k in common.progress(ks, f"sampling {len(z)}", leave=False) if bar else ks:
+    if bar:
+        ks = common.progress(ks, f"sampling {len(z)}", leave=False)
+    for k in ks:
         u = guided_velocity(model, z, times[k], text, mask, s, k < s.steps // 2)
         if not s.use_motion:
             u[:, C:] = 0                        # d is not integrated

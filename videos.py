@@ -280,7 +280,7 @@ def latent_files(config, clips):
     if config.data.root:
         content = [clips.windows, sorted(clips.prints.items()), clips.captions, config.fps]
     about = dict(
-        tae=common.identity(pathlib.Path(config.run, "tae.pt")), clips=count,
+        tae=common.identity(pathlib.Path(config.run, "tae.pt")), clips=count, file=CLIPS_PER_FILE,
         size=[config.frames, config.height, config.width], sigma=config.flow.sigma,
         data=f"{zlib.crc32(json.dumps(content).encode()):08x}")
     folder = pathlib.Path(config.run, "latents")

@@ -533,10 +533,12 @@ def test_writing_latents_goes_on(cached, run):
 
 
 @pytest.mark.parametrize("what, changed", [
-    ("tae", []), ("size", ["frames=4"]), ("clips", ["data.cache=7"]),
+    ("tae", []), ("file", []), ("size", ["frames=4"]), ("clips", ["data.cache=7"]),
     ("sigma", ["flow.sigma=0.2"]), ("data", ["world.texture=0.5"])])
-def test_latents_of_something_else_are_refused(cached, run, what, changed):
+def test_latents_of_something_else_are_refused(cached, run, monkeypatch, what, changed):
     """In one line that names it; no file is touched."""
+    if what == "file":                          # of another number of clips
+        monkeypatch.setattr(videos, "CLIPS_PER_FILE", 4)
     if what == "tae":
         saved = torch.load(run / "tae.pt", weights_only=True)
         saved["weights"]["statistics"] += 1
