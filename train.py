@@ -259,7 +259,8 @@ def train_tae(config, clips, device):
     seed = config.seed
     tae = common.build_tae(config).to(device, memory_format=torch.channels_last)
     common.load_into(tae, tae.state_dict(), "tae")      # all ranks begin with rank 0's weights
-    # Of long clips one tile at a random place: 128 frames of 256x256 would take 87 GB.
+    # Of long clips one tile at a random place: probe.py plan preset=4b says 25 GB for a tile, and
+    # 93 for the whole clip (tae.tile=128).
     frames = min(config.frames, config.tae.tile)
     C, _, h, w = common.latent_size(config)
     shape = (C, math.ceil(frames / config.tae.temporal), h, w)
